@@ -1,0 +1,170 @@
+"""What to accelerate with, and how it gets into and out of a pipeline."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from . import backbone
+from .cache import TempCache
+from .errors import KnobError, UnsupportedError
+from .kernel import CHOICES
+from .policy import Policy
+from .prompt import PadCollapse
+from .reuse import FlashBlock
+from .run import SLOTS, Run
+from .suggest import choose
+from .window import FrameWindow
+
+TECHNIQUES: tuple[type[Policy], ...] = (TempCache, FlashBlock, FrameWindow, PadCollapse)
+
+_ACTIVE: "weakref.WeakKeyDictionary[nn.Module, Run]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Accel:
+    """One technique for each slot, None for dense. `Accel()` is exact everywhere.
+
+        with Accel(cache=TempCache(), reuse=FlashBlock())(pipe) as run:
+            video = pipe(prompt).frames
+        print(run.report())
+
+    `kernel`: "auto" takes the fastest kernel that can run there and the report names it; an explicit one ("sdpa",
+    "fa3", "reference", "split") is used or refused, it never falls back.
+
+    Raises `KnobError` for a policy in the wrong slot or an unknown kernel.
+    """
+
+    cache: Policy | None = None
+    selection: Policy | None = None
+    prompt: Policy | None = None
+    reuse: Policy | None = None
+    window: Policy | None = None
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        choose(self.kernel, CHOICES, "kernel")
+        for slot in SLOTS:
+            policy = getattr(self, slot)
+            if policy is None:
+                continue
+            if not isinstance(policy, Policy):
+                raise KnobError(f"Accel({slot}=...) takes a policy such as TempCache(), or None; got {policy!r}")
+            if policy.slot != slot:
+                name = type(policy).__name__
+                raise KnobError(
+                    f"{name} belongs in the slot {policy.slot!r}, got it as {slot}: Accel({policy.slot}={name}())"
+                )
+
+    def policies(self) -> dict[str, Any]:
+        """The techniques asked for, by slot."""
+        found = {item.name: getattr(self, item.name) for item in fields(self) if item.name in SLOTS}
+        return {slot: policy for slot, policy in found.items() if policy is not None}
+
+    @contextmanager
+    def __call__(self, pipe: Any, *, timing: bool = False) -> Iterator[Run]:
+        """Accelerate `pipe` inside the `with`; leaving restores it, also after an exception.
+
+        Raises `NotEngagedError` on a normal exit if a technique was asked for and never fired.
+        """
+        run = self.apply(pipe, timing=timing)
+        try:
+            yield run
+        except BaseException:
+            run.remove(check=False)
+            raise
+        run.remove()
+
+    def apply(self, pipe: Any, *, timing: bool = False) -> "AppliedRun":
+        """Accelerate `pipe` until `run.remove()`.
+
+        Raises `UnsupportedError` for a pipeline of an unknown family, one that is accelerated already, or a technique
+        it cannot take.
+        """
+        family, denoisers = backbone.find(pipe)
+        for denoiser in denoisers:
+            if denoiser in _ACTIVE:
+                raise UnsupportedError(
+                    f"{type(pipe).__name__} is accelerated already: leave that `with` (or call run.remove()) first, "
+                    "and give one Accel all the techniques"
+                )
+        causal = bool(getattr(pipe, "block_causal", False))
+        for slot, policy in self.policies().items():
+            reason = _refusal(family, denoisers, slot, policy, type(pipe).__name__, causal)
+            if reason:
+                raise UnsupportedError(reason)
+        run = AppliedRun(self, causal=causal, timing=timing)
+        try:
+            layer = 0
+            for denoiser in denoisers:
+                run.undo.append(family.install(denoiser, run, layer))
+                _ACTIVE[denoiser] = run
+                run.undo.append(lambda denoiser=denoiser: _ACTIVE.pop(denoiser, None))
+                layer += family.geometry(denoiser).layers
+        except BaseException:
+            run.remove(check=False)
+            raise
+        return run
+
+    def describe(self, pipe: Any) -> list[dict[str, Any]]:
+        """What `apply` would patch: a row a denoiser with its geometry, and why it cannot take a slot (or None)."""
+        family, denoisers = backbone.find(pipe)
+        causal = bool(getattr(pipe, "block_causal", False))
+        rows = []
+        for denoiser in denoisers:
+            row = dict(vars(family.geometry(denoiser)), causal=causal, refuses={})
+            for technique in TECHNIQUES:
+                reason = _refusal(family, [denoiser], technique.slot, technique(), type(pipe).__name__, causal)
+                row["refuses"][technique.__name__] = reason
+            rows.append(row)
+        return rows
+
+
+class AppliedRun(Run):
+    """A run that is in a pipeline now, and can be taken out."""
+
+    undo: list[Callable[[], Any]]
+
+    def __init__(self, accel: Accel, *, causal: bool, timing: bool) -> None:
+        super().__init__(accel, causal=causal, timing=timing)
+        self.undo = []
+
+    def remove(self, *, check: bool = True) -> None:
+        """Restore the pipeline bit for bit; calling it again does nothing. `check`: raise if a technique was idle."""
+        applied = bool(self.undo)
+        while self.undo:
+            self.undo.pop()()
+        self.forget()
+        if check and applied:
+            self.check_engaged()
+
+
+def active_run(pipe: Any) -> Run | None:
+    """The run that accelerates `pipe` now, if any."""
+    for name in ("transformer", "transformer_2"):
+        denoiser = getattr(pipe, name, None)
+        if isinstance(denoiser, nn.Module) and denoiser in _ACTIVE:
+            return _ACTIVE[denoiser]
+    return None
+
+
+def _refusal(
+    family: backbone.Backbone, denoisers: list[nn.Module], slot: str, policy: Policy, pipe: str, causal: bool
+) -> str | None:
+    name = type(policy).__name__
+    if policy.needs_blocks and not causal:
+        return (
+            f"{name} (slot {slot}) acts on earlier blocks, and {pipe} generates the whole video at once: "
+            f"use CausalWanPipeline with a causal checkpoint, or leave {slot} out"
+        )
+    for denoiser in denoisers:
+        reason = family.refuses(denoiser, slot)
+        if reason:
+            return f"{name} (slot {slot}) cannot run on {pipe}: {reason}"
+    return None
+
+
+__all__ = ["TECHNIQUES", "Accel", "AppliedRun", "active_run"]

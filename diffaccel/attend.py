@@ -1,0 +1,48 @@
+"""The seam: every attention of an accelerated model goes through `attend`.
+
+    reuse      is it needed at this step?        no: the stored partial
+    cache      what is kept of earlier blocks?   keys, values, positions, multiplicities
+    window     where may it look?                positions only
+    selection  what is worth reading there?      content
+    kernel     (out, lse) of what is left
+    merge      the parts, exactly
+
+A backbone (`diffaccel.pipelines.backbones`) brings a model's attention here; axis letters are in `shapes.py`.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .cache import Entries, Fixed, Tier
+from .kernel import Partial, merge
+from .run import Run
+from .site import Site
+
+
+def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run) -> Tensor:
+    """Attention of one call, (B, S, H, D); keys come rotated, from this call's own tokens or from the prompt."""
+    call = run.open(
+        site, batch=q_BSHD.shape[0]
+    )  # picks what a query reads of a tier, runs the kernel on it, and counts
+
+    def read(tiers: Sequence[Tier]) -> Partial:
+        return merge([tier.partial(q_BSHD, call.read) for tier in tiers if tier.count])
+
+    if site.part == "cross":
+        result = read([Fixed(Entries(k_BNHD, v_BNHD, multiplicity=run.prompt_multiplicity))])
+    elif not run.causal:
+        result = read([Fixed(Entries(k_BNHD, v_BNHD, site.grid.frame_of_token(site.start)))])
+    else:
+        memory = run.memory(site)
+        memory.place(k_BNHD, v_BNHD, site)
+        answer = run.reuse_answer(site, memory)
+        if answer == "together":
+            result = read(memory.past_and_block())
+        else:
+            outside = run.stored(site, memory) if answer == "reuse" else None
+            if outside is None:
+                outside = run.store(site, memory, read(memory.past()))
+            result = merge([outside, read([memory.block()])])
+    run.close(call, keys=k_BNHD.shape[1])
+    return result.out

@@ -1,0 +1,50 @@
+"""Keys and values that attention may read, with what travels beside them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from ..kernel.merge import Partial
+
+Reader = Callable[[Tensor, "Entries"], Partial]  # (q, entries) -> attention of q over these entries
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Keys and values (B, N, H, D) as attention reads them, keys rotated.
+
+    `frames` is the latent frame of each entry, (N,) int64 on the host, None for prompt tokens. `multiplicity` says
+    how many tokens each entry stands for, as consecutive groups ((entries, tokens each), ...): a score gets
+    log(tokens each) added, which makes attention over identical keys exact (FAST-AR, Lemma 5.1). None: one each.
+    """
+
+    k: Tensor
+    v: Tensor
+    frames: Tensor | None = None
+    multiplicity: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+    def log_weight(self) -> Tensor | None:
+        """What is added to each entry's score, fp32 (N,), or None where every entry stands for one token."""
+        if self.multiplicity is None or all(tokens == 1 for _, tokens in self.multiplicity):
+            return None
+        weights = [weight for count, tokens in self.multiplicity for weight in [log(tokens)] * count]
+        return torch.tensor(weights, dtype=torch.float32, device=self.k.device)
+
+    def groups(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Keys, values and the tokens each stands for, for every multiplicity; views."""
+        groups, start = [], 0
+        for count, tokens in self.multiplicity or ((self.count, 1),):
+            groups.append((self.k[:, start : start + count], self.v[:, start : start + count], tokens))
+            start += count
+        return groups

@@ -1,0 +1,48 @@
+"""What one layer and branch of a generation remembers of earlier blocks."""
+
+from torch import Tensor
+
+from ..site import Site
+from .tiers import ExactTier, Fixed, Tier
+
+
+class Memory:
+    """An ordered list of tiers: `older` ones that a policy filled, then the exact tier with the block at work.
+
+    `seen` counts the tokens of all finished blocks, kept or not; `version` rises with every change of what is kept,
+    so that partials computed against it can tell when they are stale.
+    """
+
+    def __init__(self, expected_tokens: int = 0) -> None:
+        self.exact = ExactTier(expected_tokens)
+        self.older: list[Tier] = []
+        self.seen = 0
+        self.version = 0
+
+    def place(self, k: Tensor, v: Tensor, site: Site) -> None:
+        """Take the keys and values (B, S, H, D) of the block at work; they are not part of the past yet."""
+        self.exact.place(k, v, site.grid.frame_of_token(site.start))
+
+    def past(self) -> list[Tier]:
+        return [*self.older, self.exact.past()]
+
+    def block(self) -> Fixed:
+        return self.exact.block()
+
+    def past_and_block(self) -> list[Tier]:
+        """As `past`, with the block at work read in the same call as the exact tier before it."""
+        return [*self.older, self.exact.past_and_block()]
+
+    def finish_block(self, tokens: int) -> None:
+        self.exact.keep_placed()
+        self.seen += tokens
+        self.version += 1
+
+    @property
+    def count(self) -> int:
+        """Entries kept, of the longest batch row."""
+        return self.exact.count + sum(tier.count for tier in self.older)
+
+    @property
+    def bytes(self) -> int:
+        return self.exact.bytes + sum(tier.bytes for tier in self.older)

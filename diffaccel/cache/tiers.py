@@ -1,0 +1,132 @@
+"""How a cache holds what it keeps. A tier answers a query with one partial; the tiers' answers merge.
+
+Policies move entries between tiers when a block is finished; moving to nothing is eviction.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernel.merge import Partial
+from .entries import Entries, Reader
+
+
+class Tier(Protocol):
+    """One way to hold entries."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def partial(self, q: Tensor, read: Reader) -> Partial: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Entries that are simply there: the keys of this call, or a view of another tier."""
+
+    entries: Entries
+
+    @property
+    def count(self) -> int:
+        return self.entries.count
+
+    @property
+    def bytes(self) -> int:
+        return self.entries.bytes
+
+    def partial(self, q: Tensor, read: Reader) -> Partial:
+        return read(q, self.entries)
+
+
+class ExactTier:
+    """Finished blocks, token for token, in one buffer with room behind them for the block at work.
+
+    The block at work is written where it will stay, so that attention over past and block is one call over one
+    contiguous range, and finishing a block copies nothing.
+    """
+
+    def __init__(self, expected: int = 0) -> None:
+        self._expected = expected  # tokens to make room for at once; the buffer doubles beyond
+        self._k = self._v = torch.empty(0)
+        self._frames = torch.empty(0, dtype=torch.int64)
+        self._count = self._placed = 0
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self._k.numel() * self._k.element_size()
+
+    def place(self, k: Tensor, v: Tensor, frames: Tensor) -> None:
+        """Write the keys and values (B, S, H, D) of the block at work, over those of its previous step."""
+        end = self._count + k.shape[1]
+        if self._frames.shape[0] < end:
+            self._grow(k, end)
+        self._k[:, self._count : end], self._v[:, self._count : end] = k, v
+        self._frames[self._count : end] = frames
+        self._placed = end
+
+    def keep_placed(self) -> None:
+        """The block at work is finished: it becomes part of the past."""
+        self._count = self._placed
+
+    def past(self) -> Fixed:
+        return Fixed(self._view(0, self._count))
+
+    def block(self) -> Fixed:
+        return Fixed(self._view(self._count, self._placed))
+
+    def past_and_block(self) -> Fixed:
+        return Fixed(self._view(0, self._placed))
+
+    def take_oldest(self, tokens: int) -> Entries:
+        """Remove the oldest `tokens` entries and return a copy of them."""
+        view = self._view(0, tokens)
+        taken = Entries(view.k.clone(), view.v.clone(), self._frames[:tokens].clone())
+        left = self._count - tokens
+        for buffer in (self._k, self._v):
+            buffer[:, :left] = buffer[:, tokens : self._count].clone()
+        self._frames[:left] = self._frames[tokens : self._count].clone()
+        self._count = self._placed = left
+        return taken
+
+    def _view(self, start: int, end: int) -> Entries:
+        return Entries(self._k[:, start:end], self._v[:, start:end], self._frames[start:end])
+
+    def _grow(self, like: Tensor, needed: int) -> None:
+        room = max(needed, self._expected, 2 * self._frames.shape[0])
+        k, v = (like.new_empty(like.shape[0], room, *like.shape[2:]) for _ in range(2))
+        frames = torch.empty(room, dtype=torch.int64)
+        if self._count:
+            k[:, : self._count], v[:, : self._count] = self._k[:, : self._count], self._v[:, : self._count]
+            frames[: self._count] = self._frames[: self._count]
+        self._k, self._v, self._frames = k, v, frames
+
+
+@dataclass
+class RowTier:
+    """Entries that differ in number between batch rows: each row keeps its own and is read alone."""
+
+    rows: list[Entries] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Entries of the longest row."""
+        return max((row.count for row in self.rows), default=0)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def partial(self, q: Tensor, read: Reader) -> Partial:
+        parts = [read(q[i : i + 1], row) for i, row in enumerate(self.rows)]
+        if len(parts) == 1:
+            return parts[0]
+        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))

@@ -1,0 +1,41 @@
+"""FlashAttention-3, the fastest dense kernel on Hopper; `pip install diffaccel[hopper]`."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .gather import by_weight, planned
+from .merge import Partial
+
+name = "fa3"
+
+
+def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it runs on Hopper GPUs (compute capability 9.x) only"
+    if importlib.util.find_spec("fa3_fwd_interface") is None:
+        return "the package fa3-fwd is not installed (`pip install diffaccel[hopper]`)"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes head dimensions divisible by 8 up to 256, not {head_dim}"
+    return None
+
+
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
+) -> Partial:
+    """As `reference.partial`. FA3 takes no bias: keys go by weight."""
+    return planned(_dense, q, k, v, scale, log_weight, plan)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None) -> Partial:
+    from fa3_fwd_interface import flash_attn_func
+
+    if log_weight is not None:
+        return by_weight(_dense, q, k, v, scale, log_weight)
+    out, lse = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    return Partial(out, lse.transpose(1, 2))

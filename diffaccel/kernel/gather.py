@@ -1,0 +1,49 @@
+"""Plans and log-weights for kernels that know neither: gather the keys, attend densely, put the rows back."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .merge import Partial, merge, nothing
+
+Dense = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Partial]
+
+
+def planned(
+    dense: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None, plan: Plan | None
+) -> Partial:
+    """`dense` under a plan. The plan's groups are walked on the host: one dense call a distinct set of keys."""
+    if k.shape[1] == 0:
+        return nothing(q)
+    if plan is None:
+        return dense(q, k, v, scale, log_weight)
+    if plan.keep.shape[0] == 1:  # every query reads the same keys: nothing to scatter
+        kept = next(plan.groups())[1].to(q.device)
+        return _gathered(dense, q, k, v, scale, log_weight, kept)
+    result = nothing(q)
+    for rows, kept in plan.groups():
+        rows, kept = rows.to(q.device), kept.to(q.device)
+        part = _gathered(dense, q.index_select(1, rows), k, v, scale, log_weight, kept)
+        result.out.index_copy_(1, rows, part.out)
+        result.lse.index_copy_(1, rows, part.lse)
+    return result
+
+
+def _gathered(
+    dense: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None, kept: Tensor
+) -> Partial:
+    if kept.numel() == 0:
+        return nothing(q)
+    weight = None if log_weight is None else torch.index_select(log_weight, 0, kept)
+    return dense(q, k.index_select(1, kept), v.index_select(1, kept), scale, weight)
+
+
+def by_weight(dense: Dense, q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor) -> Partial:
+    """One dense call for each distinct log-weight, which then only moves that call's log-sum-exp; exact."""
+    parts = []
+    for weight in torch.unique(log_weight):  # read on the host: entries grouped beforehand do without (weighted.py)
+        part = _gathered(dense, q, k, v, scale, None, (log_weight == weight).nonzero().squeeze(1))
+        parts.append(Partial(part.out, part.lse + weight))
+    return merge(parts)

@@ -1,0 +1,33 @@
+"""The definition of correct: eager fp32 (fp64 for fp64 inputs), every score written out."""
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .merge import Partial
+
+name = "reference"
+
+
+def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None."""
+    return None
+
+
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
+) -> Partial:
+    """softmax(scale * q k^T + log_weight) v over the keys the plan keeps, and its log-sum-exp.
+
+    q is (B, S, H, D), k and v are (B, N, H, D); `log_weight` is (N,), added to every score of its key.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bshd,bnhd->bshn", q.to(wide), k.to(wide)) * scale
+    if log_weight is not None:
+        scores = scores + log_weight.to(wide)
+    if plan is not None:
+        scores = scores.masked_fill(~plan.mask().to(q.device)[None, :, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.clamp(min=torch.finfo(wide).min)[..., None])
+    out = torch.einsum("bshn,bnhd->bshd", weights, v.to(wide))
+    return Partial(out.to(q.dtype), lse.float())

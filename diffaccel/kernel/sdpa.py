@@ -1,0 +1,52 @@
+"""PyTorch's own kernels, through the aten ops that return the log-sum-exp.
+
+cuDNN for fp16 and bf16 on CUDA, memory-efficient attention for fp32 there, flash attention on the CPU. The CPU kernel
+takes a log-weight as an fp32 bias; on CUDA a bias would be rounded to the tensors' dtype, so keys go by weight.
+"""
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .gather import by_weight, planned
+from .merge import Partial
+
+name = "sdpa"
+
+_aten = torch.ops.aten
+
+
+def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda, not on {device.type}"
+    if device.type == "cuda" and dtype == torch.float64:
+        return "it takes float16, bfloat16 and float32 on cuda, not float64"
+    if device.type == "cuda" and head_dim % 8:
+        return f"it takes head dimensions divisible by 8 on cuda, not {head_dim}"
+    if device.type == "cuda" and head_dim > 128 and dtype != torch.float32:
+        return f"it takes head dimensions up to 128 in {dtype}, not {head_dim}"
+    return None
+
+
+def partial(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
+) -> Partial:
+    """As `reference.partial`; shapes (B, S, H, D) and (B, N, H, D)."""
+    return planned(_dense, q, k, v, scale, log_weight, plan)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None) -> Partial:
+    if log_weight is not None and q.is_cuda:
+        return by_weight(_dense, q, k, v, scale, log_weight)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if not q.is_cuda:
+        bias = None if log_weight is None else log_weight.view(1, 1, 1, -1)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    elif q.dtype == torch.float32:
+        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)
+        lse = lse[..., : q.shape[2]]  # padded to a multiple of 32 queries
+    else:
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+        lse = lse.reshape(q.shape[:3])
+    return Partial(out.transpose(1, 2), lse.transpose(1, 2))

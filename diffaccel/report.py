@@ -1,0 +1,101 @@
+"""What a run did: which techniques engaged, what they read, how long it took, where."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class SlotReport:
+    """One technique in one run. Key counts are sums over its attention calls, per query.
+
+    `calls` it was asked at; `skipped` of them it answered without reading what it stands for. `keys_total` is what
+    dense attention would read there, `keys_kept` what was left after this technique, `keys_read` what the kernel
+    read after all of them. `bytes` is the most memory its state held at once.
+    """
+
+    method: str
+    knobs: dict[str, Any]
+    engaged: bool
+    calls: int = 0
+    skipped: int = 0
+    keys_kept: int = 0
+    keys_read: int = 0
+    keys_total: int = 0
+    bytes: int = 0
+
+    @property
+    def share_read(self) -> float | None:
+        return self.keys_read / self.keys_total if self.keys_total else None
+
+
+@dataclass
+class Report:
+    """The report of a run; `to_json` is the stable format that `diffaccel generate --report` writes.
+
+    `seconds`: `attention` (all attention calls; None on a GPU unless the run was asked for timing), `denoise`,
+    `decode`, `total`, wall clock. `frames` counts pixel frames, `fps` is frames over total seconds.
+    `peak_memory_bytes` is the allocator's peak on a GPU and the process's on the CPU. `cache.max_tokens` is the most
+    entries any layer and branch kept.
+    """
+
+    slots: dict[str, SlotReport]
+    kernel: str
+    seconds: dict[str, float | None]
+    frames: int
+    fps: float | None
+    peak_memory_bytes: int
+    cache: dict[str, int]
+    environment: dict[str, str]
+    quality: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """The report as aligned text."""
+        rows = [("slot", "method", "engaged", "calls", "skipped", "keys read", "of dense", "state")]
+        for slot, r in self.slots.items():
+            share = "-" if r.share_read is None else f"{r.share_read:.1%}"
+            engaged = "yes" if r.engaged else "NO"
+            state = f"{r.bytes / 2**20:.1f} MiB" if r.bytes else "-"
+            rows.append((slot, r.method, engaged, str(r.calls), str(r.skipped), str(r.keys_read), share, state))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items() if v is not None)
+        fps = "" if self.fps is None else f", {self.fps:.2f} frames/s"
+        lines.append(f"{self.frames} frames; {seconds}{fps}; kernel {self.kernel}")
+        lines.append(
+            f"peak memory {self.peak_memory_bytes / 2**20:.0f} MiB; most keys in a cache {self.cache['max_tokens']}, "
+            f"{self.cache['tokens_per_frame']} a latent frame"
+        )
+        return "\n".join([*lines, *self.notes])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def environment(device: torch.device | None, dtype: torch.dtype | None) -> dict[str, str]:
+    """Versions and hardware, so that a figure can be placed."""
+    import diffusers
+
+    from .version import __version__
+
+    cuda = device is not None and device.type == "cuda"
+    return {
+        "diffaccel": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{platform.machine()} cpu, {torch.get_num_threads()} threads",
+        "dtype": str(dtype).removeprefix("torch."),
+    }

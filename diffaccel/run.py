@@ -1,0 +1,333 @@
+"""All state of one accelerated pipeline: where the generation is, what it remembers, what it counted."""
+
+import resource
+import sys
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import kernel
+from .cache import Entries, KVCache, Memory
+from .errors import NotEngagedError
+from .grid import Grid
+from .kernel import Partial
+from .kernel.weighted import over_entries
+from .plan import Plan
+from .report import Report, SlotReport, environment
+from .site import Part, Phase, Site
+
+if TYPE_CHECKING:
+    from .accel import Accel
+
+SLOTS = ("cache", "selection", "prompt", "reuse", "window")
+_NOWHERE = Site(0, "self", 0, 1, 0, 0, "denoise", "main", Grid(1, 1, 1))
+
+
+class Run:
+    """What `with accel(pipe) as run` gives: the state, the counters and the report of that pipeline's generations.
+
+    Two runs share nothing. A pipeline that generates block by block tells the run where it is (`begin`, `at`); for
+    the others the backbone's hook works it out. `timing=True` also measures attention on a GPU, with one pair of
+    events a call.
+    """
+
+    def __init__(self, accel: "Accel", *, causal: bool, timing: bool = False) -> None:
+        self.accel, self.causal, self.timing = accel, causal, timing
+        self.cache = accel.cache or KVCache()
+        self.slots = {
+            slot: SlotReport(type(policy).__name__, policy.values(), engaged=False)
+            for slot, policy in accel.policies().items()
+        }
+        self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None
+        self.blocks = self.steps = 0
+        self._selectors = [policy for policy in (accel.window, accel.selection) if policy is not None]
+        self._where, self._told = _NOWHERE, False
+        self._sites: dict[tuple[int, Part], Site] = {}
+        self._video_frames = 0
+        self._memories: dict[tuple[str, int], Memory] = {}
+        self._stored: dict[tuple[str, int], tuple[int, int, Partial]] = {}
+        self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+        self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
+        self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began: float | None = None
+        self._before = self._elapsed = 0.0
+        self._frames = self._max_tokens = self._tokens_per_frame = 0
+        self._device: torch.device | None = None
+        self._dtype: torch.dtype | None = None
+
+    # -- told by a pipeline that generates block by block ---------------------------------------------------------
+
+    def begin(self, frames: int) -> None:
+        """A generation of `frames` latent frames starts: everything remembered of the last one is dropped."""
+        self.forget()
+        self._scratch.clear()
+        self._video_frames = frames
+        self._before, self._elapsed, self._began = self._before + self._elapsed, 0.0, time.perf_counter()
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @contextmanager
+    def at(
+        self, *, block: int, start: int, step: int, steps: int, phase: Phase = "denoise", branch: str = "cond"
+    ) -> Iterator[None]:
+        """The forward inside runs `block`, whose first latent frame is `start`, at `step` of `steps`."""
+        self._where = replace(self._where, block=block, start=start, step=step, steps=steps, phase=phase, branch=branch)
+        self._told = True
+        self.blocks, self.steps = max(self.blocks, block + 1), max(self.steps, steps)
+        try:
+            yield
+        finally:
+            self._told = False
+
+    @contextmanager
+    def clock(self, section: str) -> Iterator[None]:
+        """Add the wall-clock time inside to `seconds[section]` of the report."""
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[section] += self._now() - began
+            self._tick()
+
+    def produced(self, frames: int) -> None:
+        """`frames` pixel frames came out."""
+        self._frames += frames
+        self._tick()
+
+    # -- called by a backbone ------------------------------------------------------------------------------------
+
+    def enter(self, grid: Grid, branch: str | None, step: int | None, steps: int | None) -> None:
+        """A forward of the denoiser starts on `grid`. The rest matters only where no pipeline told (`at`)."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        if self._told:
+            self._where = replace(self._where, grid=grid)
+        else:
+            self._where = replace(_NOWHERE, grid=grid, branch=branch or "main", step=step or 0, steps=steps or 1)
+            self.steps, self.blocks = max(self.steps, steps or 1), max(self.blocks, 1)
+        self._sites.clear()
+        self._tokens_per_frame = grid.tokens_per_frame
+
+    def leave(self) -> None:
+        """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
+        self._tick()
+        if not (self.causal and self._told and self._where.phase == "clean"):
+            return
+        branch = self._where.branch
+        memories = [memory for (name, _), memory in sorted(self._memories.items()) if name == branch]
+        for memory in memories:
+            memory.finish_block(self._where.grid.tokens)
+        self.cache.commit(memories, self._where, self)
+        self._max_tokens = max([self._max_tokens, *(memory.count for memory in memories)])
+        self._note_bytes("cache", sum(memory.bytes for memory in self._memories.values()))
+
+    def prepare_prompt(self, text_BND: Tensor) -> Tensor:
+        """The prompt embeddings this forward should see; works once for each tensor and branch, not once a step."""
+        policy, branch = self.accel.prompt, self._where.branch
+        self.prompt_multiplicity = None
+        if policy is None:
+            return text_BND
+        known = self._texts.get(branch)
+        if known is None or known[0]() is not text_BND or known[1] != text_BND._version:
+            known = (weakref.ref(text_BND), text_BND._version, *policy.prepare(text_BND))
+            self._texts[branch] = known
+        self.prompt_multiplicity = known[3]
+        self.fired("prompt", known[3] is not None)
+        return known[2]
+
+    def site(self, layer: int, part: Part) -> Site:
+        """The site of one attention call of the forward that runs now."""
+        key = (layer, part)
+        if key not in self._sites:
+            self._sites[key] = replace(self._where, layer=layer, part=part)
+        return self._sites[key]
+
+    @property
+    def start(self) -> int:
+        """Latent frame index of the first token of the forward that runs now, for rotary positions."""
+        return self._where.start if self._told else 0
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Add the time inside to attention, where it is measured."""
+        if device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self._seconds["attention"] += time.perf_counter() - began
+        elif self.timing:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+        else:
+            yield
+
+    # -- called by attend ----------------------------------------------------------------------------------------
+
+    def open(self, site: Site, batch: int) -> "Call":
+        return Call(self, site, batch)
+
+    def kernel_for(self, q: Tensor) -> ModuleType:
+        key = (q.device, q.dtype, q.shape[-1])
+        if key not in self._kernels:
+            self._kernels[key] = kernel.resolve(self.accel.kernel, *key)
+            self._device, self._dtype = q.device, q.dtype
+        return self._kernels[key]
+
+    def memory(self, site: Site) -> Memory:
+        key = (site.branch, site.layer)
+        if key not in self._memories:
+            self._memories[key] = Memory(self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame))
+        return self._memories[key]
+
+    def reuse_answer(self, site: Site, memory: Memory) -> str:
+        if self.accel.reuse is None or not memory.count:
+            return "together"
+        return self.accel.reuse.answer(site)
+
+    def stored(self, site: Site, memory: Memory) -> Partial | None:
+        """The partial stored for this block, unless what it was computed from has changed."""
+        block, version, partial = self._stored.get((site.branch, site.layer), (-1, -1, None))
+        if partial is None or (block, version) != (site.block, memory.version):
+            return None
+        self.slots["reuse"].skipped += 1
+        self.fired("reuse")
+        return partial
+
+    def store(self, site: Site, memory: Memory, partial: Partial) -> Partial:
+        self._stored[site.branch, site.layer] = (site.block, memory.version, partial)
+        held = (t for _, _, stored in self._stored.values() for t in stored)
+        self._note_bytes("reuse", sum(t.numel() * t.element_size() for t in held))
+        return partial
+
+    def close(self, call: "Call", keys: int) -> None:
+        """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
+        total = kept = keys
+        if call.site.part == "cross":
+            total = sum(count * tokens for count, tokens in self.prompt_multiplicity or ((keys, 1),))
+        elif self.causal:
+            memory = self.memory(call.site)
+            total, kept = total + memory.seen, kept + memory.count
+        for slot, policy in self.accel.policies().items():
+            if (slot == "prompt") != (call.site.part == "cross"):
+                continue
+            counts = self.slots[slot]
+            counts.calls += 1
+            counts.keys_total += total
+            counts.keys_read += call.keys_read
+            counts.keys_kept += kept if slot == "cache" else call.keys_read
+            counts.engaged |= policy.is_exact and bool(policy.exact)
+
+    def fired(self, slot: str, times: int = 1) -> None:
+        """A technique changed what is computed; a lossy setting that never does is an error at the end."""
+        if slot in self.slots and times:
+            self.slots[slot].engaged = True
+
+    def scratch(self, slot: str, branch: str) -> dict[str, Any]:
+        """Values a policy keeps over a generation, for one branch."""
+        return self._scratch[slot, branch]
+
+    def all_scratch(self, slot: str) -> list[dict[str, Any]]:
+        return [values for (name, _), values in self._scratch.items() if name == slot]
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop everything remembered of earlier blocks; counters stay."""
+        self._memories.clear()
+        self._stored.clear()
+        self._texts.clear()
+
+    def check_engaged(self) -> None:
+        """Raise `NotEngagedError` naming every technique that was asked for and never fired in a forward."""
+        if self._began is None:
+            return
+        idle = [
+            f"{counts.method} ({slot}): {self.accel.policies()[slot].why_idle(self)}"
+            for slot, counts in self.slots.items()
+            if not counts.engaged
+        ]
+        if idle:
+            raise NotEngagedError("asked for and never engaged: " + "; ".join(idle))
+
+    def report(self) -> Report:
+        """What happened so far, over all generations of this run."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+            self._seconds["attention"] += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events.clear()
+        measured = self._device is None or self._device.type == "cpu" or self.timing
+        total = self._before + self._elapsed
+        counts = ("calls", "skipped", "keys_kept", "keys_read", "keys_total", "bytes")
+        return Report(
+            slots={
+                slot: replace(found, **{name: round(float(getattr(found, name))) for name in counts})
+                for slot, found in self.slots.items()
+            },
+            kernel=", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel,
+            seconds={
+                "attention": self._seconds["attention"] if measured else None,
+                "denoise": self._seconds["denoise"] or total,
+                "decode": self._seconds["decode"],
+                "total": total,
+            },
+            frames=self._frames,
+            fps=self._frames / total if self._frames and total else None,
+            peak_memory_bytes=_peak_memory(self._device),
+            cache={"max_tokens": self._max_tokens, "tokens_per_frame": self._tokens_per_frame},
+            environment=environment(self._device, self._dtype),
+        )
+
+    def _note_bytes(self, slot: str, held: int) -> None:
+        if slot in self.slots:
+            self.slots[slot].bytes = max(self.slots[slot].bytes, held)
+
+    def _now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _tick(self) -> None:
+        if self._began is not None:
+            self._elapsed = time.perf_counter() - self._began
+
+
+@dataclass
+class Call:
+    """One attention call: selects, reads and counts. Key counts are per query, averaged over batch rows."""
+
+    run: Run
+    site: Site
+    batch: int
+    keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
+
+    def read(self, q: Tensor, entries: Entries) -> Partial:
+        """Attention of `q` over what the window and the selection leave of `entries`."""
+        plan: Plan | None = None
+        if self.site.part == "self":
+            for selector in self.run._selectors:
+                found = selector.plan(q, entries, self.site)
+                if found is not None:
+                    self.run.fired(selector.slot)
+                    plan = found if plan is None else plan & found
+        found_keys = entries.count if plan is None else plan.pairs / q.shape[1]
+        self.keys_read += found_keys * q.shape[0] / self.batch
+        return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, plan)
+
+
+def _peak_memory(device: torch.device | None) -> int:
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,206 @@
+"""Wan 2.1 and 2.2: `WanTransformer3DModel`, bidirectional or block-causal, without touching its code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from diffaccel.backbone import Geometry
+from diffaccel.errors import UnsupportedError
+from diffaccel.grid import Grid
+from diffaccel.port import Port, compiled_attend
+from diffaccel.run import Run
+
+from ._diffusers import (
+    HookRegistry,
+    ModelHook,
+    StateManager,
+    WanAttention,
+    WanAttnProcessor,
+    WanRotaryPosEmbed,
+    _get_qkv_projections,
+)
+
+_HOOK = "diffaccel.root"
+
+
+class Wan:
+    """The family of `WanPipeline`, its image, video and two-stage variants and `CausalWanPipeline`."""
+
+    name = "Wan"
+
+    def denoisers(self, pipe: Any) -> list[nn.Module]:
+        found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+        return [denoiser for denoiser in found if isinstance(denoiser, WanTransformer3DModel)]
+
+    def geometry(self, denoiser: nn.Module) -> Geometry:
+        config = denoiser.config
+        return Geometry(
+            backbone=type(denoiser).__name__,
+            layers=config.num_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            patch=tuple(config.patch_size),
+            parts=("self", "cross"),
+        )
+
+    def refuses(self, denoiser: nn.Module, slot: str) -> str | None:
+        if slot == "prompt" and denoiser.config.added_kv_proj_dim is not None:
+            return "its image tokens are found by counting back from 512 prompt tokens, which therefore have to stay"
+        return None
+
+    def install(self, denoiser: nn.Module, run: Run, first_layer: int) -> Callable[[], None]:
+        attentions = [
+            (attention, Port(run, first_layer + i, part))
+            for i, block in enumerate(denoiser.blocks)
+            for attention, part in ((block.attn1, "self"), (block.attn2, "cross"))
+        ]
+        for attention, _ in attentions:
+            if type(attention.processor) is not WanAttnProcessor:
+                raise UnsupportedError(
+                    f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
+                    "already: remove it first, diffaccel replaces the stock processor only"
+                )
+            if attention.processor._parallel_config is not None:
+                raise UnsupportedError("context parallelism splits the tokens a policy decides about: disable it first")
+        before = [attention.processor for attention, _ in attentions]
+        for attention, port in attentions:
+            attention.processor = _Processor(port)
+        rope = denoiser.rope.register_forward_hook(_Rotary(run))
+        attributes = set(vars(denoiser))
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        registry.register_hook(_RootHook(run), _HOOK)
+        registry.invalidate_child_registries_cache()
+
+        def undo() -> None:
+            registry.remove_hook(_HOOK, recurse=False)
+            registry.invalidate_child_registries_cache()
+            rope.remove()
+            for (attention, _), processor in zip(attentions, before, strict=True):
+                attention.processor = processor
+            if not registry.hooks:
+                for name in set(vars(denoiser)) - attributes:
+                    delattr(denoiser, name)
+
+        return undo
+
+
+class _Processor(WanAttnProcessor):
+    """The stock processor with its kernel call replaced by the seam."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__()
+        self.port, self.handle = port, port.handle
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise UnsupportedError("attention masks do not pass through diffaccel: call the pipeline without one")
+        image = None
+        if attn.add_k_proj is not None and encoder_hidden_states is not None:
+            # image tokens come first, then 512 of text
+            image, encoder_hidden_states = encoder_hidden_states[:, :-512], encoder_hidden_states[:, -512:]
+        q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if rotary_emb is not None:
+            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        out = self._attend(q, k, v).flatten(2, 3).type_as(q)
+        if image is not None:
+            out = out + self._attend_image(attn, q, image)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled_attend(q, k, v, self.handle)
+        return self.port.attend(q, k, v)
+
+    def _attend_image(self, attn: WanAttention, q: Tensor, image: Tensor) -> Tensor:
+        """Cross-attention to the condition image of Wan's image-to-video models: 257 keys, never worth a policy."""
+        k = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
+        v = attn.add_v_proj(image).unflatten(2, (attn.heads, -1))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2, 3)
+
+
+def _rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding over neighbouring channels; tables are (1, S, 1, D) fp32, each value twice."""
+    even, odd = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_BSHD)
+
+
+class _Rotary:
+    """Forward hook of the rotary module: the temporal angles start at the block's own first frame."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.longer: WanRotaryPosEmbed | None = None
+        self.last: tuple[Any, tuple[Tensor, Tensor]] = (None, (torch.empty(0),) * 2)
+
+    def __call__(self, rope: WanRotaryPosEmbed, args: tuple[Tensor], tables: tuple[Tensor, Tensor]) -> Any:
+        start, latents = self.run.start, args[0]
+        if start == 0:
+            return tables
+        key = (start, latents.shape[2:], latents.device)
+        if self.last[0] != key:
+            end = start + latents.shape[2] // rope.patch_size[0]
+            source = self._covering(rope, end)
+            per_frame = tables[0].shape[1] // (end - start)
+            moved = []
+            for table, angles in zip(tables, (source.freqs_cos, source.freqs_sin), strict=True):
+                moved.append(table.clone())
+                moved[-1][0, :, 0, : rope.t_dim] = angles[start:end, : rope.t_dim].repeat_interleave(per_frame, 0)
+            self.last = key, (moved[0], moved[1])
+        return self.last[1]
+
+    def _covering(self, rope: WanRotaryPosEmbed, frames: int) -> WanRotaryPosEmbed:
+        """A module whose table reaches `frames`; the stock one holds 1024."""
+        if frames <= rope.max_seq_len:
+            return rope
+        if self.longer is None or frames > self.longer.max_seq_len:
+            longer = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, 2 * frames)
+            self.longer = longer.to(rope.freqs_cos.device)
+        return self.longer
+
+
+class _RootHook(ModelHook):
+    """Tells the run where a forward stands before it, and commits a finished block after it."""
+
+    _is_stateful = True
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.contexts = StateManager(dict)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        frames, height, width = kwargs["hidden_states"].shape[2:]
+        p_t, p_h, p_w = module.config.patch_size
+        context = self.contexts._context
+        self.run.enter(
+            Grid(frames // p_t, height // p_h, width // p_w),
+            branch=context.name if context else None,
+            step=context.step_index if context else None,
+            steps=context.num_inference_steps if context else None,
+        )
+        kwargs["encoder_hidden_states"] = self.run.prepare_prompt(kwargs["encoder_hidden_states"])
+        return args[len(names) :], kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.run.leave()
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.run.forget()
+        return module
