@@ -1,0 +1,44 @@
+"""Every policy, once: its exact setting and a lossy one. A new technique adds one row here."""
+
+from dataclasses import dataclass, field
+
+from diffaccel import Accel, FlashBlock, FrameWindow, PadCollapse, TempCache
+
+
+@dataclass(frozen=True)
+class Row:
+    exact: Accel
+    lossy: Accel | None  # None: the technique is lossless
+    bits: bool = field(default=True)  # the exact setting is dense attention bit for bit, not only within rounding
+
+    @property
+    def name(self) -> str:
+        return "+".join(type(policy).__name__ for policy in self.exact.policies().values())
+
+
+MATRIX = [
+    Row(Accel(cache=TempCache(threshold=None)), Accel(cache=TempCache(threshold=0.3))),
+    Row(
+        Accel(cache=TempCache(threshold=None, match="nearest")),
+        Accel(cache=TempCache(threshold=0.3, match="nearest", representative="last", sink_frames=1, recent_frames=1)),
+    ),
+    Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
+    Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),
+    Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),
+    Row(Accel(prompt=PadCollapse()), None, bits=False),
+    Row(
+        Accel(
+            cache=TempCache(threshold=None),
+            reuse=FlashBlock(refresh=1),
+            window=FrameWindow(frames=None),
+            prompt=PadCollapse(),
+        ),
+        Accel(
+            cache=TempCache(threshold=0.3),
+            reuse=FlashBlock(refresh=2),
+            window=FrameWindow(frames=4),
+            prompt=PadCollapse(),
+        ),
+        bits=False,
+    ),
+]

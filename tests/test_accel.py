@@ -1,0 +1,184 @@
+"""Getting into and out of a pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from test_policies import generate
+from tiny import tiny_components, tiny_pipeline
+
+from diffaccel import (
+    Accel,
+    FlashBlock,
+    FrameWindow,
+    KnobError,
+    NotEngagedError,
+    PadCollapse,
+    TempCache,
+    UnsupportedError,
+)
+from diffaccel.accel import active_run
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+def state(pipe):
+    return (
+        [a.processor for b in pipe.transformer.blocks for a in (b.attn1, b.attn2)],
+        set(vars(pipe.transformer)),
+        len(pipe.transformer.rope._forward_hooks),
+        active_run(pipe),
+    )
+
+
+def test_apply_and_remove(pipe):
+    before = state(pipe)
+    run = Accel(cache=TempCache()).apply(pipe)
+    assert active_run(pipe) is run
+    run.remove()
+    run.remove()
+    assert state(pipe) == before
+
+
+def test_an_exception_restores_and_is_not_replaced(pipe):
+    before = state(pipe)
+
+    def stop(*_):
+        raise RuntimeError("from the callback")
+
+    with pytest.raises(RuntimeError, match="from the callback"):
+        generate(pipe, Accel(reuse=FlashBlock()), callback_on_step_end=stop)
+    assert state(pipe) == before
+
+
+def test_nested_application_is_refused(pipe):
+    with Accel()(pipe), pytest.raises(UnsupportedError, match="accelerated already"):
+        Accel().apply(pipe)
+    assert active_run(pipe) is None
+
+
+def test_a_foreign_processor_is_refused_and_nothing_is_left_behind(pipe):
+    class Mine(type(pipe.transformer.blocks[0].attn1.processor)):
+        pass
+
+    pipe.transformer.blocks[-1].attn2.processor = Mine()
+    before = state(pipe)
+    with pytest.raises(UnsupportedError, match="runs Mine already"):
+        Accel().apply(pipe)
+    assert state(pipe) == before
+
+
+def test_policy_in_the_wrong_slot():
+    with pytest.raises(KnobError, match=r"Accel\(cache=TempCache\(\)\)"):
+        Accel(reuse=TempCache())
+    with pytest.raises(KnobError, match="takes a policy such as"):
+        Accel(cache="TempCache")
+    with pytest.raises(KnobError, match="did you mean 'sdpa'"):
+        Accel(kernel="sdpaa")
+
+
+@pytest.mark.parametrize("accel", [Accel(cache=TempCache()), Accel(reuse=FlashBlock()), Accel(window=FrameWindow())])
+def test_block_techniques_are_refused_where_there_are_no_blocks(accel):
+    pipe = WanPipeline(**tiny_components())
+    with pytest.raises(UnsupportedError, match="WanPipeline generates the whole video at once"):
+        accel.apply(pipe)
+
+
+def test_unknown_pipeline_is_refused():
+    with pytest.raises(UnsupportedError, match="families: Wan; got object"):
+        Accel().apply(object())
+
+
+def test_stock_pipeline_goes_through_the_seam():
+    pipe = WanPipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+
+    def go():
+        generator = torch.Generator().manual_seed(3)
+        settings = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "output_type": "latent"}
+        return pipe("a red circle", generator=generator, guidance_scale=2.0, **settings).frames
+
+    plain = go()
+    with Accel()(pipe) as run:
+        torch.testing.assert_close(go(), plain, atol=1e-5, rtol=0)
+    with Accel(prompt=PadCollapse())(pipe) as run:
+        torch.testing.assert_close(go(), plain, atol=1e-4, rtol=0)
+    prompt = run.report().slots["prompt"]
+    assert prompt.calls == 3 * 2 * 2  # steps, branches, layers
+    assert prompt.keys_total == prompt.calls * 512
+    assert prompt.keys_read == 3 * 2 * ((4 + 1) + (1 + 1))  # "a red circle </s>" and "</s>", one padding key each
+    assert torch.equal(go(), plain)
+
+
+IDLE = [
+    (Accel(cache=TempCache(threshold=1.0)), {}, r"the most alike had 0\.\d+: lower the threshold"),
+    (Accel(cache=TempCache(recent_frames=99)), {}, "no frame ever left the recent ones"),
+    (Accel(reuse=FlashBlock(refresh=3)), {"num_inference_steps": 1}, "every one of the 1 steps is a refresh step"),
+    (Accel(reuse=FlashBlock(refresh=3)), {"num_frames": 9}, "the video has one block"),
+    (Accel(window=FrameWindow(frames=90)), {}, r"no past was ever longer than frames=90"),
+]
+
+
+@pytest.mark.parametrize(("accel", "changes", "reason"), IDLE, ids=lambda x: str(x)[:60])
+def test_a_technique_that_never_fires_is_an_error_with_the_reason(pipe, accel, changes, reason):
+    before = state(pipe)
+    with pytest.raises(NotEngagedError, match=reason):
+        generate(pipe, accel, **changes)
+    assert state(pipe) == before
+
+
+def test_prompt_without_padding_is_an_error_with_the_reason(pipe):
+    embeds = torch.randn(1, 8, 32)
+    with pytest.raises(NotEngagedError, match="no prompt embedding ended in zero padding"):
+        generate(pipe, Accel(prompt=PadCollapse()), prompts=(), seeds=(0,), guidance=1.0, prompt_embeds=embeds)
+
+
+def test_no_generation_is_no_error(pipe):
+    with Accel(cache=TempCache())(pipe) as run:
+        pass
+    assert not run.report().slots["cache"].engaged
+
+
+def test_report_counts_what_the_settings_imply(pipe):
+    """3 blocks of 3 latent frames, 6 tokens a frame, 4 steps, 2 branches, 2 layers; refresh at steps 0 and 2."""
+    _, run = generate(pipe, Accel(reuse=FlashBlock(refresh=2)))
+    report = run.report()
+    reuse = report.slots["reuse"]
+    calls = 2 * 2 * (3 * 4 + 2)  # the last block has no clean pass
+    assert reuse.calls == calls
+    assert reuse.skipped == 2 * 2 * 2 * 2  # blocks with a past, steps 1 and 3
+    block, layers_and_branches = 3 * 6, 4
+    dense = layers_and_branches * block * (4 * 1 + 4 * 2 + 4 * 3 + 1 + 2)
+    assert reuse.keys_total == dense
+    assert reuse.keys_read == dense - layers_and_branches * block * 2 * (1 + 2)
+    assert report.cache == {"max_tokens": 2 * block, "tokens_per_frame": 6}
+    assert report.frames == 2 * 33  # two prompts
+    assert report.kernel == "sdpa"
+
+
+def test_report_is_json_with_stable_keys(pipe):
+    _, run = generate(pipe, Accel(cache=TempCache(threshold=0.3)))
+    found = json.loads(run.report().to_json())
+    assert set(found) == {
+        "slots", "kernel", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "quality", "notes",
+    }  # fmt: skip
+    assert set(found["slots"]["cache"]) == {
+        "method", "knobs", "engaged", "calls", "skipped", "keys_kept", "keys_read", "keys_total", "bytes",
+    }  # fmt: skip
+    assert set(found["seconds"]) == {"attention", "denoise", "decode", "total"}
+    assert 0 < found["seconds"]["attention"] < found["seconds"]["denoise"] <= found["seconds"]["total"]
+    assert found["peak_memory_bytes"] > 2**20
+    assert "TempCache" in str(run.report())
+
+
+def test_describe_names_what_would_be_patched(pipe):
+    [row] = Accel().describe(pipe)
+    assert (row["layers"], row["heads"], row["head_dim"], row["causal"]) == (2, 2, 24, True)
+    assert all(reason is None for reason in row["refuses"].values())
+    [row] = Accel().describe(WanPipeline(**tiny_components()))
+    assert "the whole video at once" in row["refuses"]["TempCache"]
+    assert row["refuses"]["PadCollapse"] is None

@@ -1,0 +1,146 @@
+"""What holds for every technique, alone and composed, in whole generations of a small causal pipeline."""
+
+import itertools
+
+import pytest
+import torch
+from matrix import MATRIX
+from tiny import tiny_pipeline
+
+from diffaccel import Accel, KnobError
+from diffaccel.accel import TECHNIQUES
+
+PROMPTS = ["a red circle moves left", "a blue square moves right up"]
+ids = [f"{i}-{row.name}" for i, row in enumerate(MATRIX)]
+every = pytest.mark.parametrize("row", MATRIX, ids=ids)
+lossy = pytest.mark.parametrize("row", [row for row in MATRIX if row.lossy], ids=lambda row: row.name)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def generate(pipe, accel, prompts=PROMPTS, seeds=(0, 1), guidance=2.0, **changes):
+    settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4, "output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with accel(pipe) as run:
+        frames = pipe(list(prompts) or None, generator=generators, guidance_scale=guidance, **(settings | changes)).frames
+    return frames, run
+
+
+@pytest.fixture(scope="module")
+def dense(pipe):
+    return generate(pipe, Accel())[0]
+
+
+def test_every_technique_is_in_the_matrix():
+    rows = {type(policy) for row in MATRIX for policy in row.exact.policies().values()}
+    assert rows == set(TECHNIQUES)
+
+
+@every
+def test_exact_setting_is_dense_attention(pipe, dense, row):
+    found, run = generate(pipe, row.exact)
+    assert all(policy.is_exact for policy in row.exact.policies().values())
+    assert all(slot.engaged for slot in run.report().slots.values())
+    if row.bits:
+        assert torch.equal(found, dense)
+    else:
+        torch.testing.assert_close(found, dense, atol=1e-4, rtol=0)
+
+
+@lossy
+def test_lossy_setting_is_finite_different_and_counted(pipe, dense, row):
+    found, run = generate(pipe, row.lossy)
+    assert torch.isfinite(found).all()
+    assert (found - dense).abs().max() > 1e-4
+    for slot, counts in run.report().slots.items():
+        assert counts.engaged
+        assert 0 < counts.keys_read < counts.keys_total, slot
+        assert counts.keys_read <= counts.keys_kept <= counts.keys_total, slot
+
+
+@every
+def test_leaving_restores_bit_for_bit(pipe, dense, row):
+    processors = [a.processor for b in pipe.transformer.blocks for a in (b.attn1, b.attn2)]
+    attributes = set(vars(pipe.transformer))
+    hooks = len(pipe.transformer.rope._forward_hooks)
+    generate(pipe, row.lossy or row.exact)
+    assert [a.processor for b in pipe.transformer.blocks for a in (b.attn1, b.attn2)] == processors
+    assert set(vars(pipe.transformer)) == attributes
+    assert len(pipe.transformer.rope._forward_hooks) == hooks
+    assert torch.equal(generate(pipe, Accel())[0], dense)
+
+
+@lossy
+def test_same_seed_same_bits_and_runs_share_nothing(pipe, row):
+    first, run = generate(pipe, row.lossy)
+    generate(pipe, row.lossy, seeds=(5, 6))
+    again, other = generate(pipe, row.lossy)
+    assert torch.equal(first, again)
+    assert run.report().slots == other.report().slots
+
+
+@lossy
+def test_a_batch_row_equals_the_row_alone(pipe, row):
+    both, _ = generate(pipe, row.lossy)
+    for index in range(2):
+        alone, _ = generate(pipe, row.lossy, prompts=[PROMPTS[index]], seeds=(index,))
+        torch.testing.assert_close(alone[0], both[index], atol=1e-4, rtol=0)
+
+
+@lossy
+def test_guidance_branches_are_isolated(pipe, row):
+    """With a guidance scale of 1 + tiny the unconditional branch must not leak into the conditional one."""
+    conditional, _ = generate(pipe, row.lossy, guidance=1.0)
+    guided, _ = generate(pipe, row.lossy, guidance=1.0 + 1e-7)
+    torch.testing.assert_close(guided, conditional, atol=1e-4, rtol=0)
+
+
+@lossy
+def test_two_generations_in_one_run_do_not_mix(pipe, row):
+    alone, _ = generate(pipe, row.lossy)
+    with row.lossy(pipe):
+        settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4, "output_type": "latent"}
+        for seeds in ((7, 8), (0, 1)):
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            last = pipe(PROMPTS, generator=generators, guidance_scale=2.0, **settings).frames
+    assert torch.equal(last, alone)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.__name__)
+def test_every_technique_says_what_it_is(technique):
+    assert technique.slot in {"cache", "selection", "prompt", "reuse", "window"}
+    assert technique.paper
+    assert technique.summary
+    assert all(item.metadata["help"] for item in technique.knobs().values())
+    assert set(technique.exact) <= set(technique.knobs())
+    assert technique(**technique.exact).is_exact
+
+
+BAD = [
+    ("TempCache", {"threshold": 1.5}, r"threshold is a similarity in \[0, 1\].*threshold=1.5"),
+    ("TempCache", {"match": "cel"}, "unknown TempCache.match 'cel'.*did you mean 'cell'"),
+    ("TempCache", {"sink_frames": -1}, "sink_frames=-1"),
+    ("TempCache", {"recent_frames": -2}, "recent_frames=-2"),
+    ("FlashBlock", {"refresh": 0}, "refresh=0"),
+    ("FlashBlock", {"refresh": ()}, r"refresh=\(\)"),
+    ("FlashBlock", {"clean_pass": "skip"}, "choose one of compute, reuse"),
+    ("FrameWindow", {"frames": -1}, "frames=-1"),
+    ("FrameWindow", {"sink_frames": -1}, "sink_frames=-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "knobs", "message"), BAD, ids=str)
+def test_bad_knob_is_refused_with_rule_and_value(name, knobs, message):
+    technique = {t.__name__: t for t in TECHNIQUES}[name]
+    with pytest.raises(KnobError, match=message):
+        technique(**knobs)
+
+
+def test_every_knob_with_a_rule_is_tried():
+    tried = {(name, knob) for name, knobs, _ in BAD for knob in knobs}
+    ruled = set(itertools.chain.from_iterable(((t.__name__, k) for k in t.knobs()) for t in TECHNIQUES))
+    untyped = {("TempCache", "representative")}  # a choice, checked by the same line as `match`
+    assert tried >= ruled - untyped
