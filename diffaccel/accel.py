@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -102,7 +103,7 @@ class Accel:
             for denoiser in denoisers:
                 run.undo.append(family.install(denoiser, run, layer))
                 _ACTIVE[denoiser] = run
-                run.undo.append(lambda denoiser=denoiser: _ACTIVE.pop(denoiser, None))
+                run.undo.append(partial(_ACTIVE.pop, denoiser, None))
                 layer += family.geometry(denoiser).layers
         except BaseException:
             run.remove(check=False)

@@ -278,7 +278,7 @@ class Run:
             kernel=", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel,
             seconds={
                 "attention": self._seconds["attention"] if measured else None,
-                "denoise": self._seconds["denoise"] or total,
+                "denoise": self._seconds["denoise"] or total - self._seconds["decode"],
                 "decode": self._seconds["decode"],
                 "total": total,
             },

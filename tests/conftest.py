@@ -5,6 +5,7 @@ import torch
 
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they give
 
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -25,7 +25,9 @@ def generate(pipe, accel, prompts=PROMPTS, seeds=(0, 1), guidance=2.0, **changes
     settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4, "output_type": "latent"}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with accel(pipe) as run:
-        frames = pipe(list(prompts) or None, generator=generators, guidance_scale=guidance, **(settings | changes)).frames
+        frames = pipe(
+            list(prompts) or None, generator=generators, guidance_scale=guidance, **(settings | changes)
+        ).frames
     return frames, run
 
 

@@ -1,0 +1,5 @@
+"""`python -m diffaccel` is `diffaccel`."""
+
+from .cli import main
+
+main()

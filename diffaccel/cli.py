@@ -1,0 +1,735 @@
+"""The `diffaccel` command: generate, compare, list what there is, and say what is wrong in one sentence.
+
+Exit codes: 0 done; 1 a technique was asked for and never engaged (the video is kept); 2 a mistake in what was asked,
+found before anything was computed; 130 interrupted (the frames so far are kept).
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .accel import Accel
+    from .policy import Policy
+    from .report import Report
+    from .run import Run
+
+app = typer.Typer(
+    name="diffaccel",
+    help="Faster video diffusion without training: the same video in less time and memory, with proof and a price.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point of the `diffaccel` command."""
+    app()
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="what to show; quote each one")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help=".mp4, .gif, or a folder")] = Path("out.mp4"),
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
+    model: Annotated[str | None, typer.Option(help="folder or hub name of a diffusers checkpoint")] = None,
+    frames: Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels, for example 832x480")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps (of each block)")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; 1 is none")] = None,
+    seed: Annotated[int, typer.Option(help="of the noise; every prompt gets the same")] = 0,
+    negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
+    image: Annotated[Path | None, typer.Option(help="the first frame")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="exact, balanced or fast  [default: balanced, or exact for a stock pipeline]")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="reuse.refresh=0,3,6  cache=none  kernel=sdpa"),
+    ] = None,
+    comparing: Annotated[bool, typer.Option("--compare", help="also generate densely and measure both")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+    offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
+    pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
+    fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
+    report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
+) -> None:
+    """Generate a video for each prompt."""
+    with _one_sentence():
+        texts = _read_prompts(prompts or [], prompts_file)
+        many = len(texts) > 1 or prompts_file is not None
+        _check_output(out, texts, many=many, comparing=comparing)
+        if report is not None:
+            _check_parent(report)
+        width, height = _parse_size(size) if size else (None, None)
+        _require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
+        _require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
+        _require(guidance is None or guidance >= 0, f"--guidance must be 0 or more, got {guidance}")
+        build_accel(preset or "balanced", changes or [])
+        picture = _read_first_frame(image) if image else None
+
+        pipe, given = _open(model, pipeline, dtype, device, offload)
+        accel = build_accel(preset or _default_preset(pipe), changes or [])
+        wanted = {
+            "width": given.width if width is None else width,
+            "height": given.height if height is None else height,
+            "num_frames": given.num_frames if frames is None else frames,
+            "num_inference_steps": given.num_inference_steps if steps is None else steps,
+            "guidance_scale": given.guidance_scale if guidance is None else guidance,
+            "negative_prompt": negative,
+            "image": picture,
+            "sampler": sampler,
+        }
+        arguments = {name: value for name, value in wanted.items() if value is not None}
+        _check_arguments(pipe, accel, arguments, texts)
+        job = _Job(pipe, accel, arguments, seed, given.fps if fps is None else fps, many=many)
+        typer.echo(f"preset {preset or _default_preset(pipe)}: {_describe_accel(accel)}")
+        results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
+        if report is not None:
+            content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
+            _write_json(report, content)
+        _finish(results)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """List every technique: its slot, paper, knobs with defaults, and the setting at which it is dense attention."""
+    from .accel import TECHNIQUES
+    from .kernel import CHOICES
+    from .pipelines.presets import PRESETS
+
+    if as_json:
+        content = {
+            "techniques": [_describe_technique(technique) for technique in TECHNIQUES],
+            "presets": {name: _describe_slots(preset()) for name, preset in PRESETS.items()},
+            "kernels": list(CHOICES),
+        }
+        typer.echo(json.dumps(content, indent=2))
+        return
+    lines = []
+    for technique in TECHNIQUES:
+        about = _describe_technique(technique)
+        lines += [f"{about['name']}  (slot {about['slot']})", f"  {about['summary']}", f"  {about['paper']}"]
+        exact = " ".join(f"--set {about['slot']}.{name}={value}" for name, value in about["exact"].items())
+        lines.append(f"  exact: {exact or 'always (lossless)'}")
+        for knob in about["knobs"]:
+            lines.append(f"    {about['slot']}.{knob['name']} = {knob['default']!r}  {knob['help']}")
+        lines.append("")
+    lines += [f"preset {name}: {_describe_accel(preset())}" for name, preset in PRESETS.items()]
+    lines.append(f"kernels: {', '.join(CHOICES)}")
+    typer.echo("\n".join(lines))
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="PIPELINE", help="folder or hub name; default: the bundled")
+    ] = None,
+    pipeline: Annotated[str | None, typer.Option(help="causal or stock")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="for the tokens of a frame")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Show what would be patched in a pipeline, and which techniques it can take."""
+    with _one_sentence():
+        asked = _parse_size(size) if size else None
+        pipe, given = _open(model, pipeline, None, "cpu", "none")
+        from .accel import Accel
+
+        width, height = asked or (given.width, given.height)
+        rows = Accel().describe(pipe)
+        for row in rows:
+            unit = [pipe.vae_scale_factor_spatial * side for side in row["patch"][1:]]
+            row["tokens_per_frame"] = (height // unit[0]) * (width // unit[1])
+            row["size"] = f"{width}x{height}"
+            row["pipeline"] = type(pipe).__name__
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+            return
+        for row in rows:
+            kind = "block by block, with a cache" if row["causal"] else "the whole video at once"
+            typer.echo(f"{row['pipeline']}: {row['backbone']}, generates {kind}")
+            typer.echo(f"  {row['layers']} layers x {' and '.join(row['parts'])} attention would be patched")
+            typer.echo(
+                f"  {row['heads']} heads of {row['head_dim']} channels; patch {'x'.join(map(str, row['patch']))}"
+            )
+            typer.echo(f"  {row['tokens_per_frame']} tokens a latent frame at {row['size']}")
+            for technique, reason in row["refuses"].items():
+                typer.echo(f"  {technique}: {'yes' if reason is None else 'no: ' + reason}")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- what is asked, checked before anything is computed --------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """A mistake in the command line, as one sentence with its remedy."""
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Users' mistakes end as one sentence on stderr and exit code 2; programming errors keep their traceback."""
+    import torch
+
+    from .errors import DiffaccelError
+
+    try:
+        yield
+    except (UsageError, DiffaccelError) as error:
+        _fail(str(error), 2)
+    except torch.OutOfMemoryError as error:
+        _fail(f"{error}; use --offload model, a smaller --size or fewer --frames", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+
+
+def _say(sentence: str) -> None:
+    typer.echo("diffaccel: " + " ".join(sentence.split()), err=True)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    _say(sentence)
+    raise typer.Exit(code)
+
+
+def _require(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise UsageError(sentence)
+
+
+def _read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the prompts file '{file}' cannot be read as text: {error}") from error
+        found = [line.strip() for line in lines if line.strip()]
+        _require(bool(found), f"the prompts file '{file}' is empty; write one prompt a line")
+        prompts += found
+    _require(bool(prompts), "no prompt was given; write one in quotes, or name a file with --prompts")
+    _require(all(text.strip() for text in prompts), "a prompt is empty; say what the video should show")
+    return prompts
+
+
+def _check_output(out: Path, prompts: Sequence[str], *, many: bool, comparing: bool) -> None:
+    from .video import SUFFIXES, check_output
+
+    if comparing:
+        _require(len(prompts) == 1, f"--compare takes one prompt, got {len(prompts)}; quote a prompt of several words")
+    if not (many or comparing):
+        check_output(out)
+        return
+    why = "--compare writes several files" if comparing else f"{len(prompts)} prompts make as many videos"
+    hint = "" if comparing else " (a prompt of several words goes in quotes)"
+    is_folder = out.is_dir() or (out.suffix.lower() not in SUFFIXES and not out.exists())
+    _require(is_folder, f"{why}, so -o must name a folder, got '{out}'{hint}")
+    _check_parent(out)
+    _require(not out.is_dir() or os.access(out, os.W_OK), f"the folder '{out}' is not writable; write elsewhere")
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.absolute().parent
+    _require(parent.is_dir(), f"the folder '{parent}' does not exist; create it first or write elsewhere")
+    _require(os.access(parent, os.W_OK | os.X_OK), f"the folder '{parent}' is not writable; write elsewhere")
+
+
+def _parse_size(size: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())
+    if match is None:
+        raise UsageError(f"--size takes width x height in pixels, such as 832x480, got '{size}'")
+    return int(match[1]), int(match[2])
+
+
+def _read_first_frame(path: Path) -> Any:
+    from .video import read_image
+
+    return read_image(path).astype("float32") / 255.0
+
+
+def _open(
+    model: str | None, pipeline: str | None, dtype: str | None, device: str | None, offload: str
+) -> tuple[Any, Any]:
+    """The pipeline and the checkpoint's defaults, without the loaders' own progress bars."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    from .pipelines.loading import defaults, load
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("diffaccel.pipelines.causal_wan").setLevel(logging.ERROR)  # `_check_arguments` says it once
+    pipe = load(
+        model,
+        pipeline=typing.cast(Any, pipeline),
+        dtype=dtype,
+        device=device,
+        offload=typing.cast(Any, offload),
+    )
+    return pipe, defaults(pipe, model)
+
+
+def _default_preset(pipe: Any) -> str:
+    return "balanced" if getattr(pipe, "block_causal", False) else "exact"
+
+
+def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompts: Sequence[str]) -> None:
+    """Rules that depend on the pipeline; says what of the prompts the model will not read."""
+    from math import lcm
+
+    from .errors import UnsupportedError
+    from .pipelines.inputs import check_frames, check_size, unread
+    from .suggest import choose
+
+    causal = bool(getattr(pipe, "block_causal", False))
+    patch = pipe.transformer.config.patch_size
+    check_frames("--frames", arguments["num_frames"], pipe.vae_scale_factor_temporal)
+    for name, side in (("width", patch[2]), ("height", patch[1])):
+        check_size(f"the {name} in --size", arguments[name], lcm(16, pipe.vae_scale_factor_spatial * side))
+    if "sampler" in arguments:
+        choose(arguments["sampler"], ("multistep", "few_step"), "sampler")
+    for name in ("image", "sampler"):
+        if name in arguments and not causal:
+            raise UsageError(
+                f"--{name} is for block-by-block generation, and {type(pipe).__name__} makes the whole video at once; "
+                "leave it out, or use --pipeline causal with a causal checkpoint"
+            )
+    if "image" in arguments and arguments["num_frames"] <= 1:
+        raise UsageError(
+            "--image gives the first frame and the video needs more than that one; pass --frames 5 or more"
+        )
+    try:
+        accel.apply(pipe).remove(check=False)
+    except UnsupportedError as error:
+        refused = accel.describe(pipe)[0]["refuses"]
+        slots = [slot for slot, policy in accel.policies().items() if refused.get(type(policy).__name__)]
+        flags = " ".join(f"--set {slot}=none" for slot in slots)
+        remedy = f" (here: --preset exact, or {flags})" if flags else ""
+        raise UsageError(f"{error}{remedy}") from error
+    texts = [*prompts, *([arguments["negative_prompt"]] if "negative_prompt" in arguments else [])]
+    for sentence in unread(pipe.tokenizer, texts, _prompt_length(pipe)):
+        _say(f"warning: {sentence}")
+
+
+def _prompt_length(pipe: Any) -> int:
+    import inspect
+
+    return int(inspect.signature(pipe.__call__).parameters["max_sequence_length"].default)
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
+    """The preset of that name with `--set` changes: `slot=Method`, `slot=none`, `slot.knob=value`, `kernel=name`.
+
+    A knob of an empty slot brings in the slot's technique where there is one only. Later changes win. Raises
+    `UsageError` or `KnobError` with the choices.
+    """
+    from .accel import TECHNIQUES
+    from .pipelines.presets import PRESETS
+    from .run import SLOTS
+    from .suggest import choose
+
+    accel = PRESETS[choose(preset, PRESETS, "preset")]()
+    slots: dict[str, Any] = {slot: getattr(accel, slot) for slot in SLOTS}
+    knobs: dict[str, dict[str, Any]] = {}
+    kernel = accel.kernel
+    for change in changes:
+        target, equals, text = (part.strip() for part in change.partition("="))
+        if not (target and equals and text):
+            raise UsageError(f"--set takes slot=Method, slot.knob=value or kernel=name, got '{change}'")
+        if target == "kernel":
+            kernel = text
+            continue
+        slot, dot, name = target.partition(".")
+        choose(slot, (*SLOTS, "kernel"), "slot")
+        here = {technique.__name__: technique for technique in TECHNIQUES if technique.slot == slot}
+        if not dot:
+            knobs.pop(slot, None)
+            none = text.lower() == "none"
+            if not none and not here:
+                raise UsageError(f"no technique fills the slot {slot} yet; leave --set {change} out")
+            slots[slot] = None if none else here[choose(text, [*here, "none"], f"method for the slot {slot}")]()
+            continue
+        if slots[slot] is None:
+            if len(here) != 1:
+                choices = " or ".join(f"--set {slot}={method}" for method in here) or "leave it out"
+                raise UsageError(f"the slot {slot} is empty, so '{target}' sets nothing; first say {choices}")
+            slots[slot] = next(iter(here.values()))()
+        policy = slots[slot]
+        choose(name, policy.knobs(), f"knob of {type(policy).__name__} (slot {slot})")
+        knobs.setdefault(slot, {})[name] = parse_knob(type(policy), name, text)
+    for slot, values in knobs.items():
+        slots[slot] = dataclasses.replace(slots[slot], **values)
+    return dataclasses.replace(accel, **slots, kernel=kernel)
+
+
+def parse_knob(technique: "type[Policy]", name: str, text: str) -> Any:
+    """`text` as a value of the knob's declared type. Raises `UsageError` saying what the knob takes."""
+    kind = typing.get_type_hints(technique)[name]
+    try:
+        return _parse(kind, text)
+    except ValueError:
+        about = technique.knobs()[name].metadata.get("help", "")
+        raise UsageError(
+            f"{technique.slot}.{name} takes {_type_name(kind)}, got '{text}' ({technique.__name__}.{name}: {about})"
+        ) from None
+
+
+def _parse(kind: Any, text: str) -> Any:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        order = (type(None), bool, int, float)  # the narrowest that fits; tuples before plain text
+        for part in sorted(parts, key=lambda p: order.index(p) if p in order else len(order) + (p is str)):
+            try:
+                return _parse(part, text)
+            except ValueError:
+                continue
+        raise ValueError(text)
+    if origin is Literal:
+        found = [choice for choice in parts if str(choice) == text]
+        if not found:
+            raise ValueError(text)
+        return found[0]
+    if origin is tuple:
+        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        if not items or (parts[-1] is not Ellipsis and len(items) != len(parts)):
+            raise ValueError(text)
+        each = [parts[0]] * len(items) if parts[-1] is Ellipsis else parts
+        return tuple(_parse(one, item) for one, item in zip(each, items, strict=True))
+    if kind is type(None):
+        if text.lower() != "none":
+            raise ValueError(text)
+        return None
+    if kind is bool:
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    raise UsageError(f"a knob of type {_type_name(kind)} cannot be set on the command line; set it in Python")
+
+
+def _type_name(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in parts)
+    if origin is tuple:
+        return f"{_type_name(parts[0]).removeprefix('a ')}s with commas between"
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+    }
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _describe_technique(technique: "type[Policy]") -> dict[str, Any]:
+    hints = typing.get_type_hints(technique)
+    return {
+        "name": technique.__name__,
+        "slot": technique.slot,
+        "paper": technique.paper,
+        "summary": technique.summary,
+        "exact": dict(technique.exact),
+        "needs_blocks": technique.needs_blocks,
+        "knobs": [
+            {
+                "name": name,
+                "default": None if knob.default is dataclasses.MISSING else knob.default,
+                "type": _type_name(hints[name]),
+                "choices": knob.metadata.get("choices"),
+                "help": knob.metadata.get("help", ""),
+            }
+            for name, knob in technique.knobs().items()
+        ],
+    }
+
+
+def _describe_slots(accel: "Accel") -> dict[str, Any]:
+    return {slot: {"method": type(p).__name__, "knobs": p.values()} for slot, p in accel.policies().items()}
+
+
+def _describe_accel(accel: "Accel") -> str:
+    """Every filled slot with the knobs that are not at their default."""
+    parts = []
+    for slot, policy in accel.policies().items():
+        changed = [
+            f"{name}={value!r}" for name, value in policy.values().items() if value != policy.defaults().get(name)
+        ]
+        parts.append(f"{slot} {type(policy).__name__}" + (f"({', '.join(changed)})" if changed else ""))
+    return f"{', '.join(parts) or 'dense everywhere'}; kernel {accel.kernel}"
+
+
+# -- doing it --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """One finished (or stopped) video: its JSON report, and what went wrong if something did."""
+
+    report: dict[str, Any]
+    idle: str | None = None
+    interrupted: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all videos of one command have in common."""
+
+    pipe: Any
+    accel: "Accel"
+    arguments: dict[str, Any]
+    seed: int
+    fps: float
+    many: bool
+
+    def generate(self, prompts: Sequence[str], out: Path) -> list[_Result]:
+        """A video a prompt; stops after the first that is interrupted."""
+        files = [out]
+        if self.many:
+            out.mkdir(exist_ok=True)
+            files = [out / f"{name}.mp4" for name in _slugs(prompts)]
+        results = []
+        for prompt, file in zip(prompts, files, strict=True):
+            results.append(self._one(prompt, file))
+            if results[-1].interrupted:
+                break
+        return results
+
+    def _one(self, prompt: str, file: Path) -> _Result:
+        from .errors import NotEngagedError
+        from .video import VideoWriter
+
+        idle = stopped = run = None
+        writer = VideoWriter(file, self.fps)
+        try:
+            with self.accel(self.pipe, timing=True) as run, writer, _progress(prompt) as show:
+                if run.causal:
+                    self._stream(prompt, run, writer, show)
+                else:
+                    self._at_once(prompt, run, writer, show)
+        except NotEngagedError as error:
+            idle = str(error)
+        except KeyboardInterrupt:
+            kept = f"they are in '{file}'" if writer.frames else "nothing was written"
+            stopped = f"interrupted after {writer.frames} of {self.arguments['num_frames']} frames; {kept}"
+        done = {
+            "file": str(file) if writer.frames else None,
+            "prompt": prompt,
+            "seed": self.seed,
+            "fps_of_file": self.fps,
+        }
+        settings = {name: value for name, value in self.arguments.items() if name != "image"}
+        content: dict[str, Any] = {**done, "settings": settings, "interrupted": stopped is not None, "idle": idle}
+        if run is not None:
+            report = run.report()
+            content |= report.to_dict()
+            if writer.frames:
+                _print_report(file, writer.frames, report)
+        return _Result(content, idle, stopped)
+
+    def _stream(self, prompt: str, run: "Run", writer: Any, show: "_Shower") -> None:
+        import torch
+
+        def on_step(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            show(step + 1, pipe.num_timesteps, None)
+            return {}
+
+        stream = self.pipe.stream(
+            prompt=[prompt],
+            **self.arguments,
+            generator=torch.Generator().manual_seed(self.seed),
+            callback_on_step_end=on_step,
+        )
+        with closing(stream):
+            for chunk in stream:
+                writer.append(chunk[0])
+                show(None, None, run.report())
+
+    def _at_once(self, prompt: str, run: "Run", writer: Any, show: "_Shower") -> None:
+        from .compare import generate as generate_once
+
+        steps = self.arguments.get("num_inference_steps")
+
+        def on_step(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            show(step + 1, steps or pipe.num_timesteps, None)
+            return {}
+
+        arguments = {**self.arguments, "prompt": prompt, "callback_on_step_end": on_step}
+        writer.append(generate_once(self.pipe, run, self.seed, arguments).frames)
+
+    def compare(self, prompt: str, folder: Path) -> _Result:
+        from .compare import ARMS, compare
+
+        try:
+            with _progress(prompt) as show:
+
+                def on_arm(name: str, number: int, count: int) -> None:
+                    show(number, count, None, ARMS[name])
+
+                result = compare(self.pipe, self.accel, prompt=prompt, seed=self.seed, on_arm=on_arm, **self.arguments)
+        except KeyboardInterrupt:
+            _fail("interrupted; a comparison needs all its arms, so nothing was written", 130)
+        files = result.write(folder, self.fps)
+        console = _out_console()
+        _print_report(files[1], len(result.accelerated), result.reports["free_running"])
+        console.print(result.table(), highlight=False, soft_wrap=True)
+        console.print(f"in {folder}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
+        return _Result(result.to_dict(), result.idle)
+
+
+def _slugs(prompts: Sequence[str]) -> list[str]:
+    """A file name for each prompt: its words with dashes, numbered where two are alike."""
+    names: list[str] = []
+    for prompt in prompts:
+        base = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "video"
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _finish(results: Sequence[_Result]) -> None:
+    for result in results:
+        for sentence in (result.idle, result.interrupted):
+            if sentence:
+                _say(sentence)
+    if any(result.interrupted for result in results):
+        raise typer.Exit(130)
+    if any(result.idle for result in results):
+        raise typer.Exit(1)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """All or nothing: a reader never sees half a report."""
+    partial = path.absolute().parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# -- what is shown ---------------------------------------------------------------------------------------------------
+
+
+_Shower = Callable[..., None]
+
+
+def _out_console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def _progress(prompt: str) -> Iterator[_Shower]:
+    """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, report, label)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(prompt[:40].replace("[", "("), total=None, speed="")
+
+        def show(done: int | None, total: int | None, report: "Report | None", label: str | None = None) -> None:
+            if done is not None:
+                progress.update(task, completed=done, total=total)
+            if label is not None:
+                progress.update(task, description=label)
+            if report is not None:
+                fps = "" if report.fps is None else f"{report.fps:.2f} frames/s, "
+                speed = f"{report.frames} frames, {fps}{_bytes(report.peak_memory_bytes)}"
+                progress.update(task, speed=speed)
+
+        yield show
+
+
+def _print_report(file: Path, frames: int, report: "Report") -> None:
+    """File, frames, seconds, memory, and a row a slot: did it engage, and what share of the keys was read."""
+    from rich.table import Table
+
+    seconds = ", ".join(
+        f"{name} {'not measured' if value is None else f'{value:.2f} s'}" for name, value in report.seconds.items()
+    )
+    console = _out_console()
+    console.print(f"{file}: {frames} frames", soft_wrap=True, markup=False)
+    console.print(f"  {seconds}", soft_wrap=True)
+    speed = "" if report.fps is None else f"{report.fps:.2f} frames/s, "
+    console.print(f"  {speed}peak memory {_bytes(report.peak_memory_bytes)}, kernel {report.kernel}", soft_wrap=True)
+    table = Table("slot", "method", "engaged", "calls", "skipped", "keys read", box=None, padding=(0, 2, 0, 2))
+    for slot, counts in report.slots.items():
+        share = counts.share_read
+        read = "-" if share is None else f"{share:.1%}"
+        engaged = "yes" if counts.engaged else "NO"
+        table.add_row(slot, counts.method, engaged, str(counts.calls), str(counts.skipped), read)
+    if report.slots:
+        console.print(table)
+    else:
+        console.print("  no technique was asked for: dense attention")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

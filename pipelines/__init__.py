@@ -1,0 +1,36 @@
+if __name__ == "pipelines":
+    raise ImportError("this folder is the package diffaccel.pipelines; write `from diffaccel.pipelines import ...`")
+
+# Pipelines that generate a video block by block, and what they need: streaming decode, checkpoint loading.
+# Names are imported when first used, because diffusers takes seconds to import.
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .causal_wan import CausalWanPipeline
+    from .checkpoints import CheckpointError, load_self_forcing
+    from .inputs import block_ranges
+    from .streaming import StreamingDecoder
+
+_HOME = {
+    "CausalWanPipeline": "causal_wan",
+    "block_ranges": "inputs",
+    "StreamingDecoder": "streaming",
+    "CheckpointError": "checkpoints",
+    "load_self_forcing": "checkpoints",
+}
+
+__all__ = ["CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,280 @@
+"""Open a pipeline by folder or hub name, with every usual mistake said in one sentence before anything is computed."""
+
+import inspect
+import json
+import re
+import struct
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+import diffaccel
+from diffaccel.errors import DiffaccelError, UnsupportedError
+from diffaccel.suggest import choose
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BUNDLED = "tiny-world"
+"""The small model that comes with the toolkit, and what opens when no other is named."""
+
+PIPELINES = ("causal", "stock")
+"""Block by block with a cache, or the pipeline class of the checkpoint as diffusers has it."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential")
+
+_CAUSAL = "CausalWanPipeline"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+DEFAULTS_FILE = "generation.json"
+"""Beside a checkpoint's model_index.json: what to generate where nothing is said, {"width": 128, "height": 128} say."""
+
+
+class LoadError(DiffaccelError):
+    """No pipeline can be opened from what was named."""
+
+
+def bundled_model() -> Path:
+    """Folder of the bundled model: `samples/tiny-world` beside the package in a checkout, inside it in a wheel.
+
+    Raises `LoadError` where neither is there.
+    """
+    package = Path(diffaccel.__file__).resolve().parent
+    places = (package / "samples" / BUNDLED, package.parent / "samples" / BUNDLED)
+    for place in places:
+        if (place / "model_index.json").is_file():
+            return place
+    looked = " nor ".join(f"'{place}'" for place in places)
+    raise LoadError(
+        f"the bundled model '{BUNDLED}' is not part of this installation (neither {looked} holds it); "
+        "pass --model with a folder or hub name of a diffusers video pipeline"
+    )
+
+
+def check_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """The `model_index.json` of a diffusers checkpoint, after a look at every component and weight file in it.
+
+    Only headers are read, so it takes milliseconds at any size. Raises `LoadError` for a folder that is no checkpoint,
+    a component that is missing, and a safetensors file that is corrupt or shorter than its header says.
+    """
+    root = Path(folder)
+    index_file = root / "model_index.json"
+    if not root.is_dir():
+        raise LoadError(
+            f"there is no folder '{root}'; pass the folder of a diffusers checkpoint, or a hub name 'owner/name'"
+        )
+    if not index_file.is_file():
+        raise LoadError(
+            f"'{root}' is not a diffusers checkpoint: it has no model_index.json (pass the folder that has it)"
+        )
+    index = _read_json(index_file)
+    if not isinstance(index.get("_class_name"), str):
+        raise LoadError(f"'{index_file}' names no pipeline class (_class_name), so it cannot be opened; save it anew")
+    for name, source in index.items():
+        if not name.startswith("_") and isinstance(source, list) and all(source) and not (root / name).is_dir():
+            raise LoadError(f"the checkpoint '{root}' lacks its component folder '{name}'; download or save it again")
+    for file in sorted(root.glob("*/*.safetensors")):
+        _check_safetensors(file)
+    for file in sorted(root.glob("*/*.safetensors.index.json")):
+        shards = set(_read_json(file).get("weight_map", {}).values())
+        absent = sorted(shard for shard in shards if not (file.parent / shard).is_file())
+        if absent:
+            raise LoadError(
+                f"'{file.parent}' lacks {len(absent)} weight file(s), first '{absent[0]}'; download it again"
+            )
+    return index
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"'{file}' cannot be read as JSON ({error}); download or save the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"'{file}' must hold a JSON object; download or save the checkpoint again")
+    return content
+
+
+def _check_safetensors(file: Path) -> None:
+    """Compare a weight file with its own header: 8 bytes of length, that much JSON, then the tensors."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (OSError, struct.error, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise LoadError(f"the weight file '{file}' is corrupt ({error}); download or save it again") from error
+    if size != whole:
+        raise LoadError(f"the weight file '{file}' has {size} bytes where its header says {whole}; download it again")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What to generate where nothing is said: pixels, pixel frames, steps a block, guidance scale, frames a second.
+    None leaves it to the pipeline."""
+
+    width: int
+    height: int
+    num_frames: int
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    fps: float = 16.0
+
+
+def defaults(pipe: Any, model: str | Path | None = None) -> Defaults:
+    """Those of the checkpoint's `generation.json` if it has one, else those of the pipeline's call.
+
+    Raises `LoadError` for a `generation.json` with a name that is none of `Defaults`, or a value that is no number.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    names = [item.name for item in fields(Defaults)]
+    found = {name: parameters[name].default for name in names if name in parameters}
+    file = Path(bundled_model() if model is None else model) / DEFAULTS_FILE
+    if file.is_file():
+        given = _read_json(file)
+        for name, value in given.items():
+            if name not in names:
+                raise LoadError(f"'{file}' may hold {', '.join(names)}, not {name!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise LoadError(f"'{file}' must hold numbers, got {value!r} for {name!r}")
+        found |= given
+    return Defaults(**found)
+
+
+def resolve_device(device: str | None = None) -> torch.device:
+    """The device to run on; by default CUDA where there is one, else the CPU. `LoadError` for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise LoadError(f"unknown device '{device}': use cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise LoadError(f"device '{device}' was asked for and this machine has no CUDA device; use --device cpu")
+        if resolved.index is not None and resolved.index >= count:
+            raise LoadError(f"device '{device}' was asked for and this machine has {count}: cuda:0 to cuda:{count - 1}")
+    elif resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise LoadError(f"device '{device}' was asked for and this machine has none; use --device cpu")
+    return resolved
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The torch dtype of that name; by default bfloat16 on CUDA and float32 elsewhere."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, choose(dtype, DTYPES, "dtype"))
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    pipeline: Literal["causal", "stock"] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload: Literal["none", "model", "sequential"] = "none",
+) -> "DiffusionPipeline":
+    """A diffusers pipeline, on its device, with its progress bar off.
+
+    Args:
+        model: a folder saved by diffusers, or a hub name `owner/name`; None opens the bundled model.
+        pipeline: "causal" generates block by block (the transformer must have been trained for that), "stock" takes the
+            checkpoint's own diffusers class. By default what the checkpoint says of itself.
+        dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 elsewhere. The video
+            autoencoder stays in float32, whose rounding would show.
+        device: "cpu", "cuda", "cuda:1"; by default CUDA where there is one.
+        offload: "model" or "sequential" keep the weights in host memory until they are needed; for CUDA only.
+
+    Raises:
+        LoadError: nothing can be opened there; the sentence says what is wrong and what to do.
+        KnobError: an unknown name for `pipeline`, `dtype` or `offload`.
+    """
+    choose(offload, OFFLOADS, "offload")
+    if pipeline is not None:
+        choose(pipeline, PIPELINES, "pipeline")
+    where = resolve_device(device)
+    kind = resolve_dtype(dtype, where)
+    if offload != "none" and where.type == "cpu":
+        raise LoadError(
+            f"--offload {offload} moves weights to a GPU when they are needed, and the device is the CPU; drop it"
+        )
+    source = bundled_model() if model is None else model
+    local = Path(source)
+    if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
+        index = check_checkpoint(local)
+    else:
+        index = _hub_index(str(source))
+    cls = _pipeline_class(index["_class_name"], pipeline, str(source))
+    components = {"default": kind, "vae": torch.float32} if "vae" in index else kind
+    try:
+        pipe = cls.from_pretrained(str(source), dtype=components)
+    except DiffaccelError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise LoadError(f"'{source}' cannot be opened as {cls.__name__}: {_first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=where)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=where)
+    else:
+        pipe.to(where)
+    return pipe
+
+
+def _hub_index(name: str) -> dict[str, Any]:
+    """The `model_index.json` of a hub repository, from the local cache if it is there."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # the hub's client has changed its HTTP library before; the base of its own error is the one in use
+    http_errors = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    try:
+        file = huggingface_hub.try_to_load_from_cache(name, "model_index.json")
+        if not isinstance(file, str):
+            huggingface_hub.model_info(name, timeout=10)  # answers at once where the network does not
+            file = huggingface_hub.hf_hub_download(name, "model_index.json")
+    except (OSError, HFValidationError, *http_errors) as error:
+        raise LoadError(
+            f"there is no folder '{name}', and it cannot be had from the hub: {_first_line(error)}; "
+            "check the name and the connection, or pass a folder"
+        ) from error
+    index = _read_json(Path(file))
+    if not isinstance(index.get("_class_name"), str):
+        raise LoadError(f"'{name}' names no pipeline class in its model_index.json; pass a diffusers pipeline")
+    return index
+
+
+def _pipeline_class(saved: str, asked: str | None, source: str) -> Any:
+    import diffusers
+
+    if asked == "causal" or (asked is None and saved == _CAUSAL):
+        if saved not in (_CAUSAL, "WanPipeline"):
+            raise UnsupportedError(
+                f"--pipeline causal needs a Wan checkpoint, and '{source}' is a {saved}; use --pipeline stock"
+            )
+        from diffaccel.pipelines import CausalWanPipeline
+
+        return CausalWanPipeline
+    if saved == _CAUSAL:
+        saved = "WanPipeline"  # the same components, denoised all at once
+    cls = getattr(diffusers, saved, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise UnsupportedError(
+            f"'{source}' is a {saved}, which diffusers {diffusers.__version__} does not have; "
+            "open it in Python and pass it to Accel"
+        )
+    return cls
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

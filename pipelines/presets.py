@@ -1,0 +1,40 @@
+"""Settings to start from. Presets are plain functions that return an `Accel`; change one with `dataclasses.replace`.
+
+    from diffaccel.pipelines.presets import balanced
+
+    with balanced()(pipe) as run:
+        frames = pipe("a large red circle moves left").frames
+
+`balanced` and `fast` use what earlier chunks leave behind, so they need a block-causal pipeline; a bidirectional one
+refuses them with the reason, and takes `exact`.
+"""
+
+from collections.abc import Callable
+
+from diffaccel.accel import Accel
+from diffaccel.cache import TempCache
+from diffaccel.prompt import PadCollapse
+from diffaccel.reuse import FlashBlock
+
+
+def exact() -> Accel:
+    """Nothing is approximated: the padding of the prompt, whose keys and values are all alike, is read as one key with
+    its multiplicity. Equal to dense attention up to rounding; saves cross-attention time when prompts are short."""
+    return Accel(prompt=PadCollapse())
+
+
+def balanced() -> Accel:
+    """Small visible change for a smaller cache and less attention: near-duplicate keys of older chunks are merged, and
+    attention to them is computed at every third denoising step. The newest chunk and the pass that writes the cache
+    stay exact. Trades fine detail of long videos; the first chunk is as dense attention makes it."""
+    return Accel(prompt=PadCollapse(), cache=TempCache(threshold=0.9), reuse=FlashBlock(refresh=3))
+
+
+def fast() -> Accel:
+    """As `balanced`, merging more and recomputing less: every fourth step. Trades more: moving objects may take
+    another path than in the dense video while the scene stays the one of the prompt."""
+    return Accel(prompt=PadCollapse(), cache=TempCache(threshold=0.8), reuse=FlashBlock(refresh=4))
+
+
+PRESETS: dict[str, Callable[[], Accel]] = {"exact": exact, "balanced": balanced, "fast": fast}
+"""Every preset by the name the command line uses."""

@@ -1,0 +1,113 @@
+"""Between pixels and latents: exact streaming decode of a causal video VAE, and encode of a condition.
+
+The Wan VAE is causal in time: a convolution reads the current frame and at most two before it. Diffusers keeps those
+frames in a list while it decodes a whole video and drops the list at both ends. `StreamingDecoder` keeps a list of its
+own, so a video that arrives in blocks decodes to the same bits as the whole.
+"""
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+from diffaccel.errors import UnsupportedError
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of each latent channel, (1, C, 1, 1, 1) each."""
+    shape = (1, vae.config["z_dim"], 1, 1, 1)
+    mean = torch.tensor(vae.config["latents_mean"]).view(shape).to(like)
+    scale = 1.0 / torch.tensor(vae.config["latents_std"]).view(shape).to(like)
+    return mean, scale
+
+
+def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """VAE latents (B, C, L, h, w) to the transformer's: zero mean and unit deviation in every channel."""
+    mean, scale = _statistics(vae, latents)
+    return (latents - mean) * scale
+
+
+def unnormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """The transformer's latents (B, C, L, h, w) to the VAE's, on the VAE's device and in its dtype."""
+    latents = latents.to(get_module_execution_device(vae), vae.dtype)
+    mean, scale = _statistics(vae, latents)
+    return latents / scale + mean  # divided as in WanPipeline, so that both decode to the same bits
+
+
+def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, 1+4k, H, W) in [-1, 1] to normalised latents (B, C, 1+k, H/8, W/8).
+
+    The mode of the posterior is taken, not a sample, so a condition has one encoding.
+    """
+    pixels = pixels.to(get_module_execution_device(vae), vae.dtype)
+    return normalise(vae, vae.encode(pixels).latent_dist.mode())
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Normalised latents of a whole video (B, C, L, h, w) to pixels (B, 3, 1+4(L-1), H, W) in [-1, 1]."""
+    return vae.decode(unnormalise(vae, latents), return_dict=False)[0]
+
+
+class StreamingDecoder:
+    """Decodes one video block by block; the blocks' frames, put together, are `vae.decode` of the whole, bit for bit.
+
+        decoder = StreamingDecoder(pipe.vae)
+        for block in blocks:                # normalised latents (B, C, n, h, w), any n >= 1
+            frames = decoder.decode(block)  # (B, 3, 4n, H, W) in [-1, 1]; the first block gives 4n - 3 frames
+
+    One object decodes one video, from its first latent frame on. All state lies in the object, none in the VAE.
+
+    Raises:
+        UnsupportedError: the VAE has tiling switched on. Tiles are blended over the whole video at once, so there is
+            no streamed result to be equal to.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        if vae.use_tiling:
+            raise UnsupportedError(
+                "streaming decode and VAE tiling exclude each other, since tiles are blended after the whole video is"
+                " decoded; call vae.disable_tiling(), or generate without streaming"
+            )
+        self.vae = vae
+        self.frames = 0
+        self._shape: tuple[int, ...] | None = None
+        self._past: list[list[Tensor | None]] = []
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next block (B, C, n, h, w), normalised, to pixels (B, 3, 4n or 4n-3, H, W) in [-1, 1]."""
+        shape = (*latents.shape[:2], *latents.shape[3:])
+        if self._shape is not None and shape != self._shape:
+            raise ValueError(
+                f"every block of a stream has the same batch, channels, height and width: the first had {self._shape},"
+                f" this one has {shape}; use a new StreamingDecoder for another video"
+            )
+        self._shape = shape
+        self._bring_to_device()
+        z = unnormalise(self.vae, latents)
+        parts = z.split(1) if self.vae.use_slicing else (z,)
+        if not self._past:
+            convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.vae.decoder.modules())
+            self._past = [[None] * convolutions for _ in parts]
+        pixels = torch.cat([self._decode(part, past) for part, past in zip(parts, self._past, strict=True)])
+        self.frames += latents.shape[2]
+        return pixels
+
+    def _decode(self, z: Tensor, past: list[Tensor | None]) -> Tensor:
+        frames = self.vae.post_quant_conv(z).split(1, dim=2)
+        pixels = torch.cat(
+            [
+                self.vae.decoder(x, feat_cache=past, feat_idx=[0], first_chunk=self.frames + i == 0)
+                for i, x in enumerate(frames)
+            ],
+            dim=2,
+        )
+        if self.vae.config["patch_size"] is not None:
+            pixels = unpatchify(pixels, patch_size=self.vae.config["patch_size"])
+        return pixels.clamp(-1.0, 1.0)
+
+    def _bring_to_device(self) -> None:
+        # vae.decode would do this itself; offload hooks only see calls of the VAE, not of its decoder
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(self.vae)
