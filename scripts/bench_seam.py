@@ -25,6 +25,7 @@ from torch import Tensor
 from diffaccel import Accel, FlashBlock, PadCollapse
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS, merge, resolve
+from diffaccel.kernel.merge import merge_eager
 from diffaccel.kernel.weighted import over_entries
 
 SHAPES = {
@@ -200,6 +201,7 @@ class Bench:
             arms[f"{groups} multiplicities"] = lambda e=entries: over_entries(kernel, q, e, scale, None)
         parts = [kernel.partial(q, k[:, :64], v[:, :64], scale=scale) for _ in range(2)]
         arms["merge of two partials"] = lambda: merge(parts)
+        arms["merge of two partials, written out"] = lambda: merge_eager(parts)
         for name, ms in self.time(arms).items():
             self.say(f"attention {self.tokens} x {past}: {name}", ms=ms)
 

@@ -1,7 +1,12 @@
 """Shared by all tests: fixed seeds, the GPU mark, and memory that nobody may read before writing."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels written in Triton run on the CPU, slowly; set before it is imported
 
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they give
 

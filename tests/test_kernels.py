@@ -7,6 +7,7 @@ from oracle import assert_within, attention64
 from diffaccel import KernelError, KnobError, Plan
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS, Partial, merge, nothing, resolve
+from diffaccel.kernel.merge import merge_eager
 from diffaccel.kernel.weighted import over_entries
 
 SHAPES = [  # B, S, N, H, D
@@ -98,6 +99,29 @@ def test_merge_needs_the_natural_logarithm():
     wrong = merge([Partial(part.out, part.lse / torch.log(torch.tensor(2.0))) for part in parts])
     with pytest.raises(AssertionError, match="exceeds the budget"):
         assert_within(wrong.out, attention64(q, k, v, scale=0.2)[0], torch.float32)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 3, 24), (1, 21, 2, 128)], ids=str)
+def test_the_fused_merge_equals_the_written_out_one(device, dtype, count, shape):
+    from diffaccel.kernel.fused_merge import merged
+
+    batch, queries, heads, dim = shape
+    parts = []
+    for number in range(count):
+        out = torch.randn(batch, heads, queries, dim).to(device, dtype).transpose(1, 2)  # strided, as kernels return it
+        lse = 5 * torch.randn(batch, heads, queries, device=device).transpose(1, 2)
+        empty = torch.rand(lse.shape, device=device) < (0.3 if number else 0.6)
+        empty[:, 0] = True  # the first query has no key anywhere
+        parts.append(Partial(out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)))
+    exact = merge_eager([Partial(part.out.double(), part.lse.double()) for part in parts])
+    out, lse = merged([part.out for part in parts], [part.lse for part in parts])
+    assert out.dtype == dtype
+    assert_within(out, exact.out, dtype, inputs=4)
+    assert_within(lse, exact.lse, torch.float32)
 
 
 def test_merge_of_nothing_is_nothing():

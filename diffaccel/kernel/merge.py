@@ -1,10 +1,13 @@
 """Partial attention and the one identity the package rests on."""
 
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch for CUDA, but not on every platform
 
 
 class Partial(NamedTuple):
@@ -25,6 +28,15 @@ def merge(parts: Sequence[Partial]) -> Partial:
     """
     if len(parts) == 1:
         return parts[0]
+    if parts[0].out.is_cuda and _HAS_TRITON and parts[0].out.dtype != torch.float64:
+        from .fused_merge import merged
+
+        return Partial(*merged([part.out for part in parts], [part.lse for part in parts]))
+    return merge_eager(parts)
+
+
+def merge_eager(parts: Sequence[Partial]) -> Partial:
+    """`merge` written out: what the fused kernel is held to."""
     lse = parts[0].lse
     for part in parts[1:]:
         lse = torch.logaddexp(lse, part.lse)

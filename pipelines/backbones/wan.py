@@ -135,7 +135,10 @@ def _rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding over neighbouring channels; tables are (1, S, 1, D) fp32, each value twice."""
     even, odd = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_BSHD)
+    out = torch.empty_like(x_BSHD)  # written in its own dtype: interleaving in fp32 would move twice the bytes
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
 
 
 class _Rotary:
