@@ -29,7 +29,16 @@ from diffaccel.kernel.merge import merge_eager
 from diffaccel.kernel.weighted import over_entries
 
 SHAPES = {
-    "wan-1.3b": {"layers": 30, "heads": 12, "dim": 128, "ffn": 8960, "text": 4096, "h": 60, "w": 104, "blocks": 7},
+    "wan-1.3b": {
+        "layers": 30,
+        "heads": 12,
+        "dim": 128,
+        "ffn": 8960,
+        "text": 4096,
+        "h": 60,
+        "w": 104,
+        "blocks": 7,
+    },
     "toy": {"layers": 2, "heads": 2, "dim": 24, "ffn": 64, "text": 32, "h": 8, "w": 8, "blocks": 2},
 }
 FRAMES = 3
@@ -214,7 +223,10 @@ class Bench:
         for block in self.model.blocks:
             k, v = (self.randn(1, room, heads, dim) for _ in range(2))
             cache = SimpleNamespace(k=k, v=v, past=0)
-            self.plain += [(block.attn1, PlainProcessor(dense, cache)), (block.attn2, PlainProcessor(dense, None))]
+            self.plain += [
+                (block.attn1, PlainProcessor(dense, cache)),
+                (block.attn2, PlainProcessor(dense, None)),
+            ]
         rope = self.model.rope
 
         def frames(start: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -316,6 +328,11 @@ class Bench:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         ms = self.time({"compiled": lambda: arm(0)})["compiled"]
         self.say("forward, blocks compiled", eager_ms=eager, compiled_ms=ms, graphs=graphs, first_call_s=first)
+        run.remove(check=False)
+        run, arm = self.fill_seam(Accel(prompt=PadCollapse(), reuse=FlashBlock(refresh=3)))
+        times = self.time({"step 0": lambda: arm(0), "step 1": lambda: arm(1)})
+        what = "forward, compiled, PadCollapse and FlashBlock(refresh=3)"
+        self.say(what, step_0_ms=times["step 0"], step_1_ms=times["step 1"])
         run.remove(check=False)
 
 

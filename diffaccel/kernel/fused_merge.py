@@ -1,6 +1,7 @@
 """`merge` in one pass over memory: reads every partial once, writes the result once.
 
-Written out in PyTorch a merge of two partials reads and writes an fp32 copy of the output several times. It computes what `merge_eager` defines.
+Written out in PyTorch a merge of two partials reads and writes an fp32 copy of the output several times.
+It computes what `merge_eager` defines.
 """
 
 from collections.abc import Sequence
