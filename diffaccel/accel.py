@@ -13,10 +13,10 @@ from . import backbone
 from .cache import TempCache
 from .errors import KnobError, UnsupportedError
 from .kernel import CHOICES
-from .policy import Policy
+from .policy import SLOTS, CachePolicy, Policy, PromptPolicy, ReusePolicy, Selector
 from .prompt import PadCollapse
 from .reuse import FlashBlock
-from .run import SLOTS, Run
+from .run import Run
 from .suggest import choose
 from .window import FrameWindow
 
@@ -39,25 +39,26 @@ class Accel:
     Raises `KnobError` for a policy in the wrong slot or an unknown kernel.
     """
 
-    cache: Policy | None = None
-    selection: Policy | None = None
-    prompt: Policy | None = None
-    reuse: Policy | None = None
-    window: Policy | None = None
+    cache: CachePolicy | None = None
+    selection: Selector | None = None
+    prompt: PromptPolicy | None = None
+    reuse: ReusePolicy | None = None
+    window: Selector | None = None
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
         choose(self.kernel, CHOICES, "kernel")
-        for slot in SLOTS:
+        for slot, kind in SLOTS.items():
             policy = getattr(self, slot)
             if policy is None:
                 continue
             if not isinstance(policy, Policy):
                 raise KnobError(f"Accel({slot}=...) takes a policy such as TempCache(), or None; got {policy!r}")
-            if policy.slot != slot:
-                name = type(policy).__name__
+            name = type(policy).__name__
+            if policy.slot != slot or not isinstance(policy, kind):
                 raise KnobError(
-                    f"{name} belongs in the slot {policy.slot!r}, got it as {slot}: Accel({policy.slot}={name}())"
+                    f"{name} is a policy of the slot {policy.slot!r}, got it as {slot}: "
+                    f"write Accel({policy.slot}={name}())"
                 )
 
     def policies(self) -> dict[str, Any]:

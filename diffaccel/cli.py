@@ -366,7 +366,7 @@ def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
     """
     from .accel import TECHNIQUES
     from .pipelines.presets import PRESETS
-    from .run import SLOTS
+    from .policy import SLOTS
     from .suggest import choose
 
     accel = PRESETS[choose(preset, PRESETS, "preset")]()
@@ -719,12 +719,14 @@ def _print_report(file: Path, frames: int, report: "Report") -> None:
     console.print(f"  {seconds}", soft_wrap=True)
     speed = "" if report.fps is None else f"{report.fps:.2f} frames/s, "
     console.print(f"  {speed}peak memory {_bytes(report.peak_memory_bytes)}, kernel {report.kernel}", soft_wrap=True)
-    table = Table("slot", "method", "engaged", "calls", "skipped", "keys read", box=None, padding=(0, 2, 0, 2))
+    table = Table(
+        "slot", "method", "engaged", "calls", "skipped", "keys kept", "keys read", box=None, padding=(0, 2, 0, 2)
+    )
     for slot, counts in report.slots.items():
-        share = counts.share_read
-        read = "-" if share is None else f"{share:.1%}"
+        of = counts.keys_total
+        kept, read = (f"{n / of:.1%}" if of else "-" for n in (counts.keys_kept, counts.keys_read))
         engaged = "yes" if counts.engaged else "NO"
-        table.add_row(slot, counts.method, engaged, str(counts.calls), str(counts.skipped), read)
+        table.add_row(slot, counts.method, engaged, str(counts.calls), str(counts.skipped), kept, read)
     if report.slots:
         console.print(table)
     else:

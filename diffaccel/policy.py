@@ -1,13 +1,20 @@
-"""What the techniques have in common: frozen dataclasses whose fields are the knobs, checked when they are made."""
+"""What a technique is: a frozen dataclass whose fields are its knobs, answering the one question of its slot."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
 
 from .errors import KnobError
 from .suggest import choose
 
 if TYPE_CHECKING:
+    from .cache import Entries, Memory
+    from .plan import Plan
     from .run import Run
+    from .site import Site
 
 
 def knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002
@@ -16,7 +23,7 @@ def knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(ABC):
     """One technique with its knobs. It holds no state: all state lives in the `Run`, so two runs share nothing."""
 
     slot: ClassVar[str]
@@ -56,3 +63,56 @@ class Policy:
         if not ok:
             values = ", ".join(f"{name}={value!r}" for name, value in met.items())
             raise KnobError(f"{type(self).__name__}: {rule}, got {values}")
+
+
+class CachePolicy(Policy):
+    """Slot cache: what is kept of earlier blocks?"""
+
+    slot = "cache"
+    needs_blocks = True
+
+    @abstractmethod
+    def expected_tokens(self, video_tokens: int) -> int:
+        """Tokens the exact tier should make room for at once, for a video of `video_tokens`."""
+
+    @abstractmethod
+    def commit(self, memories: "Sequence[Memory]", site: "Site", run: "Run") -> None:
+        """Move entries between the tiers of every layer; called once a finished block and branch."""
+
+
+class ReusePolicy(Policy):
+    """Slot reuse: is attention outside the block needed again at this step?"""
+
+    slot = "reuse"
+    needs_blocks = True
+
+    @abstractmethod
+    def answer(self, site: "Site") -> Literal["together", "store", "reuse"]:
+        """Read past and block in one call, compute the past apart and store its partial, or reuse what is stored."""
+
+
+class PromptPolicy(Policy):
+    """Slot prompt: which prompt tokens are worth reading?"""
+
+    slot = "prompt"
+
+    @abstractmethod
+    def prepare(self, text_BND: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...] | None]:
+        """The prompt embeddings to use instead of (B, N, D), and their multiplicity as in `Entries`."""
+
+
+class Selector(Policy):
+    """Slots window (by position) and selection (by content): what may a query read?"""
+
+    @abstractmethod
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | None":
+        """Which of `entries` the queries (B, S, H, D) read; None for all of them."""
+
+
+SLOTS: dict[str, type[Policy]] = {
+    "cache": CachePolicy,
+    "selection": Selector,
+    "prompt": PromptPolicy,
+    "reuse": ReusePolicy,
+    "window": Selector,
+}

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ class SlotReport:
     keys_total: int = 0
     bytes: int = 0
 
-    @property
-    def share_read(self) -> float | None:
-        return self.keys_read / self.keys_total if self.keys_total else None
+    def rounded(self) -> "SlotReport":
+        """A copy with whole key counts: while a run goes on they may be fractions, or tensors on the GPU."""
+        counts = {name: round(float(getattr(self, name))) for name in ("keys_kept", "keys_read", "keys_total")}
+        return replace(self, **counts)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -61,12 +62,12 @@ class Report:
 
     def table(self) -> str:
         """The report as aligned text."""
-        rows = [("slot", "method", "engaged", "calls", "skipped", "keys read", "of dense", "state")]
+        rows = [("slot", "method", "engaged", "calls", "skipped", "keys kept", "keys read", "state")]
         for slot, r in self.slots.items():
-            share = "-" if r.share_read is None else f"{r.share_read:.1%}"
+            kept, read = (f"{n / r.keys_total:.1%}" if r.keys_total else "-" for n in (r.keys_kept, r.keys_read))
             engaged = "yes" if r.engaged else "NO"
             state = f"{r.bytes / 2**20:.1f} MiB" if r.bytes else "-"
-            rows.append((slot, r.method, engaged, str(r.calls), str(r.skipped), str(r.keys_read), share, state))
+            rows.append((slot, r.method, engaged, str(r.calls), str(r.skipped), kept, read, state))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items() if v is not None)

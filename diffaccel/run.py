@@ -21,13 +21,13 @@ from .grid import Grid
 from .kernel import Partial
 from .kernel.weighted import over_entries
 from .plan import Plan
+from .policy import CachePolicy
 from .report import Report, SlotReport, environment
 from .site import Part, Phase, Site
 
 if TYPE_CHECKING:
     from .accel import Accel
 
-SLOTS = ("cache", "selection", "prompt", "reuse", "window")
 _NOWHERE = Site(0, "self", 0, 1, 0, 0, "denoise", "main", Grid(1, 1, 1))
 
 
@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, accel: "Accel", *, causal: bool, timing: bool = False) -> None:
         self.accel, self.causal, self.timing = accel, causal, timing
-        self.cache = accel.cache or KVCache()
+        self.cache: CachePolicy = accel.cache or KVCache()
         self.slots = {
             slot: SlotReport(type(policy).__name__, policy.values(), engaged=False)
             for slot, policy in accel.policies().items()
@@ -269,12 +269,8 @@ class Run:
             self._events.clear()
         measured = self._device is None or self._device.type == "cpu" or self.timing
         total = self._before + self._elapsed
-        counts = ("calls", "skipped", "keys_kept", "keys_read", "keys_total", "bytes")
         return Report(
-            slots={
-                slot: replace(found, **{name: round(float(getattr(found, name))) for name in counts})
-                for slot, found in self.slots.items()
-            },
+            slots={slot: found.rounded() for slot, found in self.slots.items()},
             kernel=", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel,
             seconds={
                 "attention": self._seconds["attention"] if measured else None,

@@ -321,7 +321,7 @@ def _caption_bar(width: int, lines: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def _ffmpeg() -> str:
-    from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]
+    from imageio_ffmpeg import get_ffmpeg_exe
 
     try:
         return str(get_ffmpeg_exe())

@@ -394,4 +394,4 @@ class CausalWanPipeline(WanPipeline):
         had_registry = "_diffusers_hook" in vars(self.transformer)
         super().maybe_free_model_hooks()
         if not had_registry:
-            vars(self.transformer).pop("_diffusers_hook", None)
+            self.transformer.__dict__.pop("_diffusers_hook", None)

@@ -237,13 +237,14 @@ def _hub_index(name: str) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # the hub's client has changed its HTTP library before; the base of its own error is the one in use
-    http_errors = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    http_error = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    refusals: tuple[Any, ...] = (OSError, HFValidationError, http_error)
     try:
         file = huggingface_hub.try_to_load_from_cache(name, "model_index.json")
         if not isinstance(file, str):
             huggingface_hub.model_info(name, timeout=10)  # answers at once where the network does not
             file = huggingface_hub.hf_hub_download(name, "model_index.json")
-    except (OSError, HFValidationError, *http_errors) as error:
+    except refusals as error:
         raise LoadError(
             f"there is no folder '{name}', and it cannot be had from the hub: {_first_line(error)}; "
             "check the name and the connection, or pass a folder"

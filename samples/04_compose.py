@@ -9,11 +9,11 @@ import torch
 from diffaccel import Accel, FlashBlock, Plan, TempCache
 from diffaccel.pipelines import CausalWanPipeline
 from diffaccel.pipelines.loading import bundled_model
-from diffaccel.policy import Policy, knob
+from diffaccel.policy import Selector, knob
 
 
 @dataclass(frozen=True)
-class LongKeys(Policy):
+class LongKeys(Selector):
     """Read the share of the keys that are longest: long keys make large scores."""
 
     slot: ClassVar[str] = "selection"

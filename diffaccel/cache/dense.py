@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..policy import Policy
+from ..policy import CachePolicy
 from ..site import Site
 from .memory import Memory
 
@@ -13,14 +13,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KVCache(Policy):
+class KVCache(CachePolicy):
     """Keep the keys and values of every finished block, token for token. What runs where no cache is asked for."""
 
-    slot: ClassVar[str] = "cache"
     paper: ClassVar[str] = "Self-Forcing, arXiv 2506.08009"
     summary: ClassVar[str] = "keeps every token of every finished block (the default)"
     exact: ClassVar[dict[str, Any]] = {}
-    needs_blocks: ClassVar[bool] = True
 
     def expected_tokens(self, video_tokens: int) -> int:
         """Tokens the exact tier should make room for at once."""

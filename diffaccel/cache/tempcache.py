@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ann import Flat
-from ..policy import Policy, knob
+from ..policy import CachePolicy, knob
 from ..site import Site
 from .entries import Entries
 from .memory import Memory
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TempCache(Policy):
+class TempCache(CachePolicy):
     """Keep one entry for a patch that stays alike over time, and count how often it was seen.
 
     When a block is finished, the frames that are no longer recent leave the exact cache. Each of their tokens is
@@ -36,11 +36,9 @@ class TempCache(Policy):
     stay unmerged, both measured to be far closer to dense attention (samples/RESULTS.md).
     """
 
-    slot: ClassVar[str] = "cache"
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
     summary: ClassVar[str] = "merges near-duplicate keys of past frames, so that the KV cache grows with what changes"
     exact: ClassVar[dict[str, Any]] = {"threshold": None}
-    needs_blocks: ClassVar[bool] = True
 
     threshold: float | None = knob(0.9, "similarity from which keys merge, in [0, 1]; None never merges")
     match: str = knob(

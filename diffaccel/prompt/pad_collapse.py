@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..policy import Policy
+from ..policy import PromptPolicy
 
 if TYPE_CHECKING:
     from ..run import Run
 
 
 @dataclass(frozen=True)
-class PadCollapse(Policy):
+class PadCollapse(PromptPolicy):
     """Keep the prompt's own tokens and one padding token that stands for all of them.
 
     Wan pads a prompt to 512 tokens with zeros and does not mask them, so every padding token has the same key and
@@ -21,7 +21,6 @@ class PadCollapse(Policy):
     dropping the padding would not be. Projections and cross-attention then run over the prompt's own length.
     """
 
-    slot: ClassVar[str] = "prompt"
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, lemma 5.1, applied to padding"
     summary: ClassVar[str] = "reads the identical padding tokens of a prompt as one key; lossless"
     exact: ClassVar[dict[str, Any]] = {}

@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..policy import Policy, knob
+from ..policy import ReusePolicy, knob
 from ..site import Site
 
 if TYPE_CHECKING:
     from ..run import Run
 
-Answer = Literal["together", "store", "reuse"]
-
 
 @dataclass(frozen=True)
-class FlashBlock(Policy):
+class FlashBlock(ReusePolicy):
     """Split softmax at the border of the block; recompute the outside at some steps and reuse it at the others.
 
     The keys outside the block do not change while it is denoised and its queries change little, so the partial
@@ -24,11 +22,9 @@ class FlashBlock(Policy):
     calibrated drift; here refresh steps are fixed and the same for all heads.
     """
 
-    slot: ClassVar[str] = "reuse"
     paper: ClassVar[str] = "FlashBlock, arXiv 2602.05305, section 3"
     summary: ClassVar[str] = "computes attention to earlier blocks at some denoising steps and reuses it at the others"
     exact: ClassVar[dict[str, Any]] = {"refresh": 1}
-    needs_blocks: ClassVar[bool] = True
 
     refresh: int | tuple[int, ...] = knob(3, "n: recompute the outside every n-th step; a tuple: at those steps")
     clean_pass: str = knob(
@@ -49,7 +45,7 @@ class FlashBlock(Policy):
     def is_exact(self) -> bool:
         return self.refresh == 1 and self.clean_pass == "compute"
 
-    def answer(self, site: Site) -> Answer:
+    def answer(self, site: Site) -> Literal["together", "store", "reuse"]:
         """What to do at this call: read everything together, compute the outside apart and store it, or reuse it."""
         if not self._computes(site.step, site.steps):
             return "reuse"

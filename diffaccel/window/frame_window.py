@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..cache.entries import Entries
 from ..plan import Plan
-from ..policy import Policy, knob
+from ..policy import Selector, knob
 from ..site import Site
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FrameWindow(Policy):
+class FrameWindow(Selector):
     """Read the newest latent frames of the past and, as an anchor, the first ones of the video.
 
     The window of Self-Forcing's `local_attn_size` and LongLive's sink, as a reading rule: what lies outside stays in

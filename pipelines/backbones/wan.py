@@ -35,7 +35,7 @@ class Wan:
         found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
         return [denoiser for denoiser in found if isinstance(denoiser, WanTransformer3DModel)]
 
-    def geometry(self, denoiser: nn.Module) -> Geometry:
+    def geometry(self, denoiser: Any) -> Geometry:
         config = denoiser.config
         return Geometry(
             backbone=type(denoiser).__name__,
@@ -46,17 +46,15 @@ class Wan:
             parts=("self", "cross"),
         )
 
-    def refuses(self, denoiser: nn.Module, slot: str) -> str | None:
+    def refuses(self, denoiser: Any, slot: str) -> str | None:
         if slot == "prompt" and denoiser.config.added_kv_proj_dim is not None:
             return "its image tokens are found by counting back from 512 prompt tokens, which therefore have to stay"
         return None
 
-    def install(self, denoiser: nn.Module, run: Run, first_layer: int) -> Callable[[], None]:
-        attentions = [
-            (attention, Port(run, first_layer + i, part))
-            for i, block in enumerate(denoiser.blocks)
-            for attention, part in ((block.attn1, "self"), (block.attn2, "cross"))
-        ]
+    def install(self, denoiser: Any, run: Run, first_layer: int) -> Callable[[], None]:
+        attentions = []
+        for layer, block in enumerate(denoiser.blocks, first_layer):
+            attentions += [(block.attn1, Port(run, layer, "self")), (block.attn2, Port(run, layer, "cross"))]
         for attention, _ in attentions:
             if type(attention.processor) is not WanAttnProcessor:
                 raise UnsupportedError(
@@ -185,7 +183,7 @@ class _RootHook(ModelHook):
         self.run = run
         self.contexts = StateManager(dict)
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         names = ("hidden_states", "timestep", "encoder_hidden_states")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         frames, height, width = kwargs["hidden_states"].shape[2:]
