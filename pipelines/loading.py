@@ -31,7 +31,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 DEFAULTS_FILE = "generation.json"
-"""Beside a checkpoint's model_index.json: what to generate where nothing is said, {"width": 128, "height": 128} say."""
+"""Beside a checkpoint's model_index.json: what to generate where nothing is said ({"width": 128, "height": 128}), and
+under "pipeline" how: "causal" for weights that were trained for it, whatever class they were saved by."""
 
 
 class LoadError(DiffaccelError):
@@ -137,16 +138,26 @@ def defaults(pipe: Any, model: str | Path | None = None) -> Defaults:
     parameters = inspect.signature(pipe.__call__).parameters
     names = [item.name for item in fields(Defaults)]
     found = {name: parameters[name].default for name in names if name in parameters}
-    file = Path(bundled_model() if model is None else model) / DEFAULTS_FILE
-    if file.is_file():
-        given = _read_json(file)
-        for name, value in given.items():
-            if name not in names:
-                raise LoadError(f"'{file}' may hold {', '.join(names)}, not {name!r}")
-            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                raise LoadError(f"'{file}' must hold numbers, got {value!r} for {name!r}")
-        found |= given
-    return Defaults(**found)
+    given = _read_defaults(Path(bundled_model() if model is None else model))
+    given.pop("pipeline", None)
+    return Defaults(**(found | given))
+
+
+def _read_defaults(folder: Path) -> dict[str, Any]:
+    """What the `generation.json` of a checkpoint says, checked; nothing where there is none."""
+    file = folder / DEFAULTS_FILE
+    if not file.is_file():
+        return {}
+    given = _read_json(file)
+    names = ["pipeline", *(item.name for item in fields(Defaults))]
+    for name, value in given.items():
+        if name not in names:
+            raise LoadError(f"'{file}' may hold {', '.join(names)}, not {name!r}")
+        if name == "pipeline":
+            choose(value, PIPELINES, f"pipeline in '{file}'")
+        elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise LoadError(f"'{file}' must hold numbers, got {value!r} for {name!r}")
+    return given
 
 
 def resolve_device(device: str | None = None) -> torch.device:
@@ -188,7 +199,8 @@ def load(
     Args:
         model: a folder saved by diffusers, or a hub name `owner/name`; None opens the bundled model.
         pipeline: "causal" generates block by block (the transformer must have been trained for that), "stock" takes the
-            checkpoint's own diffusers class. By default what the checkpoint says of itself.
+            checkpoint's own diffusers class. By default what the checkpoint says of itself, in `generation.json` or by
+            the class it was saved by.
         dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 elsewhere. The video
             autoencoder stays in float32, whose rounding would show.
         device: "cpu", "cuda", "cuda:1"; by default CUDA where there is one.
@@ -211,6 +223,7 @@ def load(
     local = Path(source)
     if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
         index = check_checkpoint(local)
+        pipeline = pipeline or _read_defaults(local).get("pipeline")
     else:
         index = _hub_index(str(source))
     cls = _pipeline_class(index["_class_name"], pipeline, str(source))

@@ -28,14 +28,7 @@ class LongKeys(Selector):
 
 frames = int(sys.argv[1]) if len(sys.argv) > 1 else 37
 pipe = CausalWanPipeline.from_pretrained(bundled_model())
+size = {"height": 128, "width": 128, "num_frames": frames, "num_inference_steps": 8, "guidance_scale": 2.5}
 with Accel(selection=LongKeys(0.7), cache=TempCache(), reuse=FlashBlock(refresh=2))(pipe) as run:
-    generator = torch.Generator().manual_seed(1)
-    size = {"height": 128, "width": 128, "num_frames": frames}
-    pipe(
-        "a small green square moves up over gray",
-        generator=generator,
-        num_inference_steps=8,
-        guidance_scale=2.5,
-        **size,
-    )
+    pipe("a small green square moves up over gray", generator=torch.Generator().manual_seed(1), **size)
 print(run.report())

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from tiny import tiny_components, tiny_pipeline
 
 import diffaccel
@@ -86,11 +87,23 @@ def test_a_checkpoint_may_say_what_to_generate(copy):
     file.write_text(json.dumps({"width": 48, "height": 32, "num_frames": 9, "guidance_scale": 2.5, "fps": 8}))
     assert defaults(pipe, copy) == Defaults(48, 32, 9, None, 2.5, 8)
     file.write_text(json.dumps({"length": 9}))
-    with pytest.raises(LoadError, match="may hold width, height, num_frames"):
+    with pytest.raises(LoadError, match="may hold pipeline, width, height, num_frames"):
         defaults(pipe, copy)
     file.write_text(json.dumps({"width": "wide"}))
     with pytest.raises(LoadError, match="must hold numbers, got 'wide' for 'width'"):
         defaults(pipe, copy)
+    file.write_text(json.dumps({"pipeline": "casual"}))
+    with pytest.raises(KnobError, match="did you mean 'causal'"):
+        load(copy, device="cpu")
+
+
+def test_a_checkpoint_may_say_how_it_generates(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
+    assert type(load(copy, device="cpu")) is WanPipeline
+    (copy / "generation.json").write_text(json.dumps({"pipeline": "causal"}))
+    assert type(load(copy, device="cpu")) is CausalWanPipeline
+    assert type(load(copy, device="cpu", pipeline="stock")) is WanPipeline
 
 
 def weights(folder):
