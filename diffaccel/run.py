@@ -48,6 +48,7 @@ class Run:
         }
         self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None
         self.blocks = self.steps = 0
+        self.longest_past = 0.0  # latent frames before a block over those of the block, of all blocks so far
         self._selectors = [policy for policy in (accel.window, accel.selection) if policy is not None]
         self._where, self._told = _NOWHERE, False
         self._sites: dict[tuple[int, Part], Site] = {}
@@ -112,6 +113,7 @@ class Run:
             self._began = time.perf_counter()
         if self._told:
             self._where = replace(self._where, grid=grid)
+            self.longest_past = max(self.longest_past, self._where.start / grid.frames)
         else:
             self._where = replace(_NOWHERE, grid=grid, branch=branch or "main", step=step or 0, steps=steps or 1)
             self.steps, self.blocks = max(self.steps, steps or 1), max(self.blocks, 1)

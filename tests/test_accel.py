@@ -119,6 +119,7 @@ IDLE = [
     (Accel(cache=TempCache(recent_frames=99)), {}, "no frame ever left the recent ones"),
     (Accel(reuse=FlashBlock(refresh=3)), {"num_inference_steps": 1}, "every one of the 1 steps is a refresh step"),
     (Accel(reuse=FlashBlock(refresh=3)), {"num_frames": 9}, "the video has one block"),
+    (Accel(reuse=FlashBlock(refresh=3)), {"num_frames": 21}, r"min_past=2.0 times its own length, the longest was 1 "),
     (Accel(window=FrameWindow(frames=90)), {}, r"no past was ever longer than frames=90"),
 ]
 
@@ -145,7 +146,7 @@ def test_no_generation_is_no_error(pipe):
 
 def test_report_counts_what_the_settings_imply(pipe):
     """3 blocks of 3 latent frames, 6 tokens a frame, 4 steps, 2 branches, 2 layers; refresh at steps 0 and 2."""
-    _, run = generate(pipe, Accel(reuse=FlashBlock(refresh=2)))
+    _, run = generate(pipe, Accel(reuse=FlashBlock(refresh=2, min_past=0)))
     report = run.report()
     reuse = report.slots["reuse"]
     calls = 2 * 2 * (3 * 4 + 2)  # the last block has no clean pass

@@ -13,8 +13,8 @@ from diffaccel.pipelines.presets import balanced
 
 WORDS = (
     "circle square triangle star ring red orange yellow green cyan blue purple white small large moves left right "
-    "up down diagonally circles bounces stays still slowly quickly black gray navy maroon olive brown plain gradient striped "
-    "checkerboard dotted wavy the camera is static pans a over"
+    "up down diagonally circles bounces stays still slowly quickly black gray navy maroon olive brown plain gradient "
+    "striped checkerboard dotted wavy the camera is static pans a over"
 )
 
 

@@ -11,14 +11,14 @@ from diffaccel.attend import attend
 @pytest.mark.parametrize(
     ("policy", "answers"),
     [
-        (FlashBlock(refresh=1), "tttt t"),
-        (FlashBlock(refresh=2), "srsr t"),
-        (FlashBlock(refresh=3), "srrt t"),
-        (FlashBlock(refresh=(0, 1)), "tsrr t"),
-        (FlashBlock(refresh=(2,)), "srsr t"),
-        (FlashBlock(refresh=2, clean_pass="reuse"), "srsr r"),
-        (FlashBlock(refresh=3, clean_pass="reuse"), "srrs r"),
-        (FlashBlock(refresh=1, clean_pass="reuse"), "ttts r"),
+        (FlashBlock(refresh=1, min_past=0), "tttt t"),
+        (FlashBlock(refresh=2, min_past=0), "srsr t"),
+        (FlashBlock(refresh=3, min_past=0), "srrt t"),
+        (FlashBlock(refresh=(0, 1), min_past=0), "tsrr t"),
+        (FlashBlock(refresh=(2,), min_past=0), "srsr t"),
+        (FlashBlock(refresh=2, clean_pass="reuse", min_past=0), "srsr r"),
+        (FlashBlock(refresh=3, clean_pass="reuse", min_past=0), "srrs r"),
+        (FlashBlock(refresh=1, clean_pass="reuse", min_past=0), "ttts r"),
     ],
     ids=str,
 )
@@ -30,6 +30,12 @@ def test_schedule(policy, answers):
         phase = "clean" if step == 4 else "denoise"
         site = Site(0, "self", step, 4, 1, 3, phase, "cond", Grid(1, 1, 1))
         assert policy.answer(site) == names[letter], step
+
+
+@pytest.mark.parametrize(("start", "answer"), [(3, "together"), (5, "together"), (6, "store"), (30, "store")])
+def test_a_short_past_is_read_together(start, answer):
+    site = Site(0, "self", 0, 4, 1, start, "denoise", "cond", Grid(3, 1, 1))
+    assert FlashBlock(refresh=2, min_past=2).answer(site) == answer
 
 
 GRID = Grid(2, 1, 3)
@@ -48,7 +54,7 @@ def tensors():
 
 
 def test_a_reused_outside_is_that_of_the_refresh_step_and_the_inside_is_fresh():
-    run = Run(Accel(reuse=FlashBlock(refresh=2), kernel="reference"), causal=True)
+    run = Run(Accel(reuse=FlashBlock(refresh=2, min_past=0), kernel="reference"), causal=True)
     run.begin(frames=6)
     first = tensors()
     go(run, 4, 0, *first, phase="clean")
@@ -66,7 +72,7 @@ def test_a_reused_outside_is_that_of_the_refresh_step_and_the_inside_is_fresh():
 
 
 def test_frozen_queries_make_reuse_exact():
-    run = Run(Accel(reuse=FlashBlock(refresh=(0,)), kernel="reference"), causal=True)
+    run = Run(Accel(reuse=FlashBlock(refresh=(0,), min_past=0), kernel="reference"), causal=True)
     run.begin(frames=6)
     first, (q, k, v) = tensors(), tensors()
     go(run, 4, 0, *first, phase="clean")
@@ -78,7 +84,7 @@ def test_frozen_queries_make_reuse_exact():
 
 
 def test_what_was_stored_for_one_block_or_version_is_never_used_for_another():
-    run = Run(Accel(reuse=FlashBlock(refresh=(0,)), kernel="reference"), causal=True)
+    run = Run(Accel(reuse=FlashBlock(refresh=(0,), min_past=0), kernel="reference"), causal=True)
     run.begin(frames=8)
     first, second, (q, k, v) = tensors(), tensors(), tensors()
     go(run, 4, 0, *first, phase="clean")

@@ -128,6 +128,7 @@ BAD = [
     ("TempCache", {"recent_frames": -2}, "recent_frames=-2"),
     ("FlashBlock", {"refresh": 0}, "refresh=0"),
     ("FlashBlock", {"refresh": ()}, r"refresh=\(\)"),
+    ("FlashBlock", {"min_past": -1}, "min_past=-1"),
     ("FlashBlock", {"clean_pass": "skip"}, "choose one of compute, reuse"),
     ("FrameWindow", {"frames": -1}, "frames=-1"),
     ("FrameWindow", {"sink_frames": -1}, "sink_frames=-1"),

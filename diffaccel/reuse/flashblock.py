@@ -19,7 +19,8 @@ class FlashBlock(ReusePolicy):
 
     Differences from the paper: there the clean pass, which writes the block's keys into the cache, reuses as well;
     here it is computed by default, because its error would stay in the cache. The paper refreshes heads by a
-    calibrated drift; here refresh steps are fixed and the same for all heads.
+    calibrated drift; here refresh steps are fixed and the same for all heads. The paper reuses from the second block
+    on; here the past must be `min_past` times as long as the block, because a short past moves most and saves least.
     """
 
     paper: ClassVar[str] = "FlashBlock, arXiv 2602.05305, section 3"
@@ -30,6 +31,7 @@ class FlashBlock(ReusePolicy):
     clean_pass: str = knob(
         "compute", "what the pass that writes the cache does with the outside", choices=("compute", "reuse")
     )
+    min_past: float = knob(2.0, "reuse only where the past has at least this many times the block's frames, >= 0")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +42,7 @@ class FlashBlock(ReusePolicy):
             "refresh is a number of steps >= 1, or the steps (counted from 0) at which to compute",
             refresh=self.refresh,
         )
+        self.require(self.min_past >= 0, "min_past is a ratio >= 0", min_past=self.min_past)
 
     @property
     def is_exact(self) -> bool:
@@ -47,6 +50,8 @@ class FlashBlock(ReusePolicy):
 
     def answer(self, site: Site) -> Literal["together", "store", "reuse"]:
         """What to do at this call: read everything together, compute the outside apart and store it, or reuse it."""
+        if site.start < self.min_past * site.grid.frames:
+            return "together"
         if not self._computes(site.step, site.steps):
             return "reuse"
         last = site.step >= site.steps
@@ -62,4 +67,9 @@ class FlashBlock(ReusePolicy):
     def why_idle(self, run: "Run") -> str:
         if run.blocks < 2:
             return "the video has one block, so there is nothing outside it: generate more frames or use smaller blocks"
+        if run.longest_past < self.min_past:
+            return (
+                f"no block had a past of min_past={self.min_past} times its own length, the longest was "
+                f"{run.longest_past:.2g} times: generate more frames or lower min_past"
+            )
         return f"every one of the {run.steps} steps is a refresh step with refresh={self.refresh!r}: refresh less often"
