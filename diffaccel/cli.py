@@ -672,9 +672,12 @@ _Shower = Callable[..., None]
 
 
 def _out_console() -> "Console":
+    import shutil
+
     from rich.console import Console
 
-    return Console(highlight=False)
+    # tables are not cut to the 80 columns rich assumes of a pipe or a file
+    return Console(highlight=False, width=max(shutil.get_terminal_size().columns, 120))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from diffaccel.run import Run
 from diffaccel.site import Phase
 
 from . import inputs, streaming
-from .inputs import Rollout, Sampler
+from .inputs import Rollout, Sampler, block_ranges
 
 logger = logging.get_logger(__name__)
 
@@ -151,17 +151,25 @@ class CausalWanPipeline(WanPipeline):
         try:
             rollout = self._prepare(call)
             with self._accelerated() as run:
-                latents = torch.cat(list(self._blocks(rollout, run)), dim=2)
-                run.produced(latents.shape[0] * self._pixel_frames(latents.shape[2]))
-                if output_type != "latent":
-                    with run.clock("decode"):
-                        frames = streaming.decode(self.vae, latents)
-                        result = self.video_processor.postprocess_video(frames, output_type=output_type)
+                blocks = list(self._blocks(rollout, run))
+                run.produced(blocks[0].shape[0] * self._pixel_frames(sum(block.shape[2] for block in blocks)))
+                if output_type == "latent":
+                    result = torch.cat(blocks, dim=2)
                 else:
-                    result = latents
+                    with run.clock("decode"):
+                        frames = streaming.decode(self.vae, blocks)
+                        result = self.video_processor.postprocess_video(frames, output_type=output_type)
         finally:
             self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=result) if return_dict else (result,)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, output_type: str = "np") -> Any:
+        """The frames of latents (B, C, L, h, w) that a call with `output_type="latent"` returned."""
+        blocks = [
+            latents[:, :, r.start : r.stop] for r in block_ranges(0, latents.shape[2], self.config.frames_per_block)
+        ]
+        return self.video_processor.postprocess_video(streaming.decode(self.vae, blocks), output_type=output_type)
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Generates as `__call__` with the same arguments does, and yields every block's frames as soon as they exist.

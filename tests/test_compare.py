@@ -89,6 +89,7 @@ def test_scores_order_as_they_must(lossy):
     scores = result.scores
     assert list(scores) == ["free_running", "shared_history", "noise_floor", "other_seed"]
     assert scores["noise_floor"].psnr_mean > scores["free_running"].psnr_mean > scores["other_seed"].psnr_mean
+    assert f"{scores['free_running'].psnr_pooled:.1f} dB" in result.table()
     assert scores["free_running"].psnr != scores["shared_history"].psnr
     assert scores["free_running"].identical_frames >= 1  # nothing is merged or reused in the first block
     assert not math.isnan(scores["free_running"].seam)

@@ -1,4 +1,4 @@
-"""Streamed decode is whole decode, bit for bit; encode is its condition counterpart."""
+"""Streamed decode is whole decode: bit for bit frame by frame, within rounding several frames a call."""
 
 import pytest
 import torch
@@ -21,23 +21,52 @@ def latents():
     return torch.randn(2, CHANNELS, FRAMES, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
+def stock(vae, latents):
+    """diffusers' own decode."""
+    with torch.no_grad():
+        return vae.decode(unnormalise(vae, latents), return_dict=False)[0]
+
+
+def streamed(vae, latents, split, at_once=None):
+    decoder = StreamingDecoder(vae, at_once)
+    return [decoder.decode(block) for block in latents.split(split, dim=2)]
+
+
 @pytest.fixture(scope="module")
 def whole(vae, latents):
-    with torch.no_grad():
-        return decode(vae, latents)
+    return stock(vae, latents)
 
 
 @pytest.mark.parametrize("split", [(6,), (1, 1, 1, 1, 1, 1), (3, 3), (2, 3, 1), (1, 2, 3), (5, 1)], ids=str)
-def test_any_split_decodes_to_the_bits_of_the_whole(vae, latents, whole, split):
-    decoder = StreamingDecoder(vae)
-    chunks = [decoder.decode(block) for block in latents.split(split, dim=2)]
+def test_any_split_decodes_to_the_whole(vae, latents, whole, split):
+    chunks = streamed(vae, latents, split, at_once=1)
     assert [c.shape[2] for c in chunks] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
     assert torch.equal(torch.cat(chunks, dim=2), whole)
+    for at_once in (None, 2, 4):
+        torch.testing.assert_close(torch.cat(streamed(vae, latents, split, at_once), 2), whole, atol=1e-5, rtol=0)
+    fast = torch.cat(streamed(vae, latents, split), dim=2)
+    assert torch.equal(decode(vae, latents.split(split, dim=2)), fast)
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(16, 16), (32, 4), (64, 1), (90, 1)])
+def test_small_frames_are_decoded_many_a_call_and_large_ones_alone(vae, side, at_once, monkeypatch):
+    seen = []
+
+    def decoder(part, **_):
+        seen.append(part.shape[2])
+        frames = 1 if len(seen) == 1 else 4 * part.shape[2]
+        return part.new_zeros(1, 3, frames, 8 * side, 8 * side)
+
+    monkeypatch.setattr(vae.decoder, "forward", decoder)
+    StreamingDecoder(vae).decode(torch.zeros(1, CHANNELS, 18, side, side))
+    assert seen[0] == 1
+    assert max(seen[1:]) == at_once
+    assert sum(seen) == 18
 
 
 def test_blocks_decoded_apart_are_not_the_whole(vae, latents, whole):
     """What the decoder is for: without its memory the later blocks come out shorter."""
-    apart = torch.cat([decode(vae, block).detach() for block in latents.split(3, dim=2)], dim=2)
+    apart = torch.cat([stock(vae, block) for block in latents.split(3, dim=2)], dim=2)
     assert apart.shape[2] < whole.shape[2]
 
 
@@ -52,10 +81,7 @@ def test_whole_decode_is_the_stock_pipelines(vae, latents, whole):
 def test_slicing_streams_to_the_bits_of_sliced_decode(latents):
     vae = tiny_vae()
     vae.use_slicing = True
-    with torch.no_grad():
-        expected = decode(vae, latents)
-    decoder = StreamingDecoder(vae)
-    assert torch.equal(torch.cat([decoder.decode(b) for b in latents.split(2, dim=2)], dim=2), expected)
+    assert torch.equal(torch.cat(streamed(vae, latents, 2, at_once=1), dim=2), stock(vae, latents))
 
 
 def test_spatially_patched_vae_streams_exactly(latents):
@@ -77,20 +103,18 @@ def test_spatially_patched_vae_streams_exactly(latents):
         patch_size=2,
         scale_factor_spatial=16,
     ).eval()
-    with torch.no_grad():
-        expected = decode(vae, latents)
-    decoder = StreamingDecoder(vae)
-    assert torch.equal(torch.cat([decoder.decode(b) for b in latents.split((1, 3, 2), dim=2)], dim=2), expected)
+    expected = stock(vae, latents)
+    assert torch.equal(torch.cat(streamed(vae, latents, (1, 3, 2), at_once=1), dim=2), expected)
+    torch.testing.assert_close(torch.cat(streamed(vae, latents, (1, 3, 2)), dim=2), expected, atol=1e-5, rtol=0)
 
 
 def test_the_vae_holds_nothing_of_the_stream(latents, whole):
     vae = tiny_vae()
     before = dict(vars(vae))
-    decoder = StreamingDecoder(vae)
+    decoder = StreamingDecoder(vae, at_once=1)
     first = decoder.decode(latents[:, :, :3])
     assert vars(vae) == before
-    with torch.no_grad():
-        decode(vae, latents[:1])  # another decode in between does not disturb the stream
+    stock(vae, latents[:1])  # another decode in between does not disturb the stream
     second = decoder.decode(latents[:, :, 3:])
     assert torch.equal(torch.cat([first, second], dim=2), whole)
 
@@ -100,6 +124,18 @@ def test_tiling_is_refused_with_the_remedy():
     vae.enable_tiling()
     with pytest.raises(UnsupportedError, match="disable_tiling"):
         StreamingDecoder(vae)
+
+
+def test_tiling_decodes_as_the_vae_does(latents):
+    vae = tiny_vae()
+    vae.enable_tiling()
+    with torch.no_grad():
+        assert torch.equal(decode(vae, latents.split(3, dim=2)), stock(vae, latents))
+
+
+def test_no_frames_at_once_is_refused(vae):
+    with pytest.raises(ValueError, match="at_once is a number of latent frames >= 1, got 0"):
+        StreamingDecoder(vae, at_once=0)
 
 
 def test_another_shape_in_the_middle_is_refused(vae, latents):

@@ -3,7 +3,7 @@
     from diffaccel.quality import compare_clips
 
     scores = compare_clips(dense, accelerated, borders=chunk_borders(81, frames_per_block=3))
-    print(scores.psnr_mean, scores.ssim_mean, scores.seam)
+    print(scores.psnr_pooled, scores.ssim_mean, scores.seam)
 
 A clip is a numpy array (F, H, W, 3): uint8, or float in [0, 1].
 """
