@@ -44,7 +44,7 @@ def pipeline(folder: Path, device: torch.device, steps: int, guidance: float, ca
     else:
         from diffusers import WanPipeline as Pipeline
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = Pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipe = Pipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def generate(prompts: Sequence[str], seeds: Sequence[int], frames: int) -> np.ndarray:
@@ -65,7 +65,7 @@ def pipeline(folder: Path, device: torch.device, steps: int, guidance: float, ca
 
 def vae_psnr(folder: Path, device: torch.device, clips: int, frames: int) -> float:
     """Mean PSNR of unseen clips through the library's own encode and decode."""
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device).eval()
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32).to(device).eval()
     values = []
     with torch.no_grad():
         for index in range(clips):

@@ -34,8 +34,8 @@ class Sampler:
         """Load an exported checkpoint, weights in fp32 and activations in `dtype`."""
         AutoTokenizer.from_pretrained(folder / "tokenizer")  # fails early where the export is broken
         return cls(
-            AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device),
-            WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).to(device),
+            AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32).to(device),
+            WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32).to(device),
             UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device),
             dtype,
         )
