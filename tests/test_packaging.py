@@ -34,7 +34,8 @@ def packages_on_disk():
 
 
 def test_listed_packages_are_those_on_disk():
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+    data = {"diffaccel.samples"}  # the bundled model travels in the wheel with the samples, which are no package
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk() | data
 
 
 def test_top_level_holds_what_it_should():
