@@ -47,5 +47,9 @@ def export(parts: Path, folder: Path, toy: bool) -> None:
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    # what the command line generates where nothing is said; `pipeline` because the weights are causal as well
+    usual = {"pipeline": "causal", "width": 128, "height": 128, "num_frames": 49}
+    usual |= {"num_inference_steps": 8, "guidance_scale": 2.5, "fps": 16}
+    (folder / "generation.json").write_text(json.dumps(usual, indent=2) + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     print(f"exported to {folder}: {size:.1f} MiB, vae step {int(held_vae['step'])}, flow step {int(held['step'])}")
