@@ -9,20 +9,20 @@ import json
 import logging
 import os
 import re
-import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from .settings import UsageError, build_accel, describe_accel, describe_slots, describe_technique
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .accel import Accel
-    from .policy import Policy
     from .report import Report
     from .run import Run
 
@@ -104,7 +104,7 @@ def generate(
         arguments = {name: value for name, value in wanted.items() if value is not None}
         _check_arguments(pipe, accel, arguments, texts)
         job = _Job(pipe, accel, arguments, seed, given.fps if fps is None else fps, many=many)
-        typer.echo(f"preset {preset or _default_preset(pipe)}: {_describe_accel(accel)}")
+        typer.echo(f"preset {preset or _default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
         if report is not None:
             content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
@@ -123,22 +123,22 @@ def methods(
 
     if as_json:
         content = {
-            "techniques": [_describe_technique(technique) for technique in TECHNIQUES],
-            "presets": {name: _describe_slots(preset()) for name, preset in PRESETS.items()},
+            "techniques": [describe_technique(technique) for technique in TECHNIQUES],
+            "presets": {name: describe_slots(preset()) for name, preset in PRESETS.items()},
             "kernels": list(CHOICES),
         }
         typer.echo(json.dumps(content, indent=2))
         return
     lines = []
     for technique in TECHNIQUES:
-        about = _describe_technique(technique)
+        about = describe_technique(technique)
         lines += [f"{about['name']}  (slot {about['slot']})", f"  {about['summary']}", f"  {about['paper']}"]
         exact = " ".join(f"--set {about['slot']}.{name}={value}" for name, value in about["exact"].items())
         lines.append(f"  exact: {exact or 'always (lossless)'}")
         for knob in about["knobs"]:
             lines.append(f"    {about['slot']}.{knob['name']} = {knob['default']!r}  {knob['help']}")
         lines.append("")
-    lines += [f"preset {name}: {_describe_accel(preset())}" for name, preset in PRESETS.items()]
+    lines += [f"preset {name}: {describe_accel(preset())}" for name, preset in PRESETS.items()]
     lines.append(f"kernels: {', '.join(CHOICES)}")
     typer.echo("\n".join(lines))
 
@@ -198,10 +198,6 @@ def _root(
 
 
 # -- what is asked, checked before anything is computed --------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """A mistake in the command line, as one sentence with its remedy."""
 
 
 @contextmanager
@@ -353,165 +349,6 @@ def _prompt_length(pipe: Any) -> int:
     import inspect
 
     return int(inspect.signature(pipe.__call__).parameters["max_sequence_length"].default)
-
-
-# -- settings --------------------------------------------------------------------------------------------------------
-
-
-def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
-    """The preset of that name with `--set` changes: `slot=Method`, `slot=none`, `slot.knob=value`, `kernel=name`.
-
-    A knob of an empty slot brings in the slot's technique where there is one only. Later changes win. Raises
-    `UsageError` or `KnobError` with the choices.
-    """
-    from .accel import TECHNIQUES
-    from .pipelines.presets import PRESETS
-    from .policy import SLOTS
-    from .suggest import choose
-
-    accel = PRESETS[choose(preset, PRESETS, "preset")]()
-    slots: dict[str, Any] = {slot: getattr(accel, slot) for slot in SLOTS}
-    knobs: dict[str, dict[str, Any]] = {}
-    kernel = accel.kernel
-    for change in changes:
-        target, equals, text = (part.strip() for part in change.partition("="))
-        if not (target and equals and text):
-            raise UsageError(f"--set takes slot=Method, slot.knob=value or kernel=name, got '{change}'")
-        if target == "kernel":
-            kernel = text
-            continue
-        slot, dot, name = target.partition(".")
-        choose(slot, (*SLOTS, "kernel"), "slot")
-        here = {technique.__name__: technique for technique in TECHNIQUES if technique.slot == slot}
-        if not dot:
-            knobs.pop(slot, None)
-            none = text.lower() == "none"
-            if not none and not here:
-                raise UsageError(f"no technique fills the slot {slot} yet; leave --set {change} out")
-            slots[slot] = None if none else here[choose(text, [*here, "none"], f"method for the slot {slot}")]()
-            continue
-        if slots[slot] is None:
-            if len(here) != 1:
-                choices = " or ".join(f"--set {slot}={method}" for method in here) or "leave it out"
-                raise UsageError(f"the slot {slot} is empty, so '{target}' sets nothing; first say {choices}")
-            slots[slot] = next(iter(here.values()))()
-        policy = slots[slot]
-        choose(name, policy.knobs(), f"knob of {type(policy).__name__} (slot {slot})")
-        knobs.setdefault(slot, {})[name] = parse_knob(type(policy), name, text)
-    for slot, values in knobs.items():
-        slots[slot] = dataclasses.replace(slots[slot], **values)
-    return dataclasses.replace(accel, **slots, kernel=kernel)
-
-
-def parse_knob(technique: "type[Policy]", name: str, text: str) -> Any:
-    """`text` as a value of the knob's declared type. Raises `UsageError` saying what the knob takes."""
-    kind = typing.get_type_hints(technique)[name]
-    try:
-        return _parse(kind, text)
-    except ValueError:
-        about = technique.knobs()[name].metadata.get("help", "")
-        raise UsageError(
-            f"{technique.slot}.{name} takes {_type_name(kind)}, got '{text}' ({technique.__name__}.{name}: {about})"
-        ) from None
-
-
-def _parse(kind: Any, text: str) -> Any:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        order = (type(None), bool, int, float)  # the narrowest that fits; tuples before plain text
-        for part in sorted(parts, key=lambda p: order.index(p) if p in order else len(order) + (p is str)):
-            try:
-                return _parse(part, text)
-            except ValueError:
-                continue
-        raise ValueError(text)
-    if origin is Literal:
-        found = [choice for choice in parts if str(choice) == text]
-        if not found:
-            raise ValueError(text)
-        return found[0]
-    if origin is tuple:
-        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        if not items or (parts[-1] is not Ellipsis and len(items) != len(parts)):
-            raise ValueError(text)
-        each = [parts[0]] * len(items) if parts[-1] is Ellipsis else parts
-        return tuple(_parse(one, item) for one, item in zip(each, items, strict=True))
-    if kind is type(None):
-        if text.lower() != "none":
-            raise ValueError(text)
-        return None
-    if kind is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if text.lower() not in words:
-            raise ValueError(text)
-        return words[text.lower()]
-    if kind in (int, float, str):
-        return kind(text)
-    raise UsageError(f"a knob of type {_type_name(kind)} cannot be set on the command line; set it in Python")
-
-
-def _type_name(kind: Any) -> str:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in parts)
-    if origin is Literal:
-        return " or ".join(str(choice) for choice in parts)
-    if origin is tuple:
-        return f"{_type_name(parts[0]).removeprefix('a ')}s with commas between"
-    names: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "none",
-    }
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-def _describe_technique(technique: "type[Policy]") -> dict[str, Any]:
-    hints = typing.get_type_hints(technique)
-    return {
-        "name": technique.__name__,
-        "slot": technique.slot,
-        "paper": technique.paper,
-        "summary": technique.summary,
-        "exact": dict(technique.exact),
-        "needs_blocks": technique.needs_blocks,
-        "knobs": [
-            {
-                "name": name,
-                "default": None if knob.default is dataclasses.MISSING else knob.default,
-                "type": _type_name(hints[name]),
-                "choices": knob.metadata.get("choices"),
-                "help": knob.metadata.get("help", ""),
-            }
-            for name, knob in technique.knobs().items()
-        ],
-    }
-
-
-def _describe_slots(accel: "Accel") -> dict[str, Any]:
-    return {slot: {"method": type(p).__name__, "knobs": p.values()} for slot, p in accel.policies().items()}
-
-
-def _describe_accel(accel: "Accel") -> str:
-    """Every filled slot with the knobs that are not at their default."""
-    parts = []
-    for slot, policy in accel.policies().items():
-        changed = [
-            f"{name}={value!r}" for name, value in policy.values().items() if value != policy.defaults().get(name)
-        ]
-        parts.append(f"{slot} {type(policy).__name__}" + (f"({', '.join(changed)})" if changed else ""))
-    return f"{', '.join(parts) or 'dense everywhere'}; kernel {accel.kernel}"
 
 
 # -- doing it --------------------------------------------------------------------------------------------------------

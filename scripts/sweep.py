@@ -1,6 +1,6 @@
 """What each setting reads and what it costs, on the bundled model: many settings against one dense run.
 
-    python scripts/sweep.py                       # every setting below, two prompts, 81 frames: ten minutes on two cores
+    python scripts/sweep.py                       # every setting below, two prompts, 81 frames: ten minutes on 2 cores
     python scripts/sweep.py --frames 49 --only TempCache
 
 Latent PSNR to the dense run, 10 log10(variance of the dense latents / mean squared error), free-running and with shared
@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from diffaccel import Accel, FlashBlock, FrameWindow, PadCollapse, TempCache
+from diffaccel import Accel, FlashBlock, FrameWindow, TempCache
 from diffaccel.pipelines.inputs import block_ranges
 from diffaccel.pipelines.loading import load
 from diffaccel.pipelines.presets import PRESETS

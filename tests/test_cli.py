@@ -17,9 +17,10 @@ from tiny import tiny_components, tiny_pipeline
 from typer.testing import CliRunner
 
 from diffaccel import Accel, FlashBlock, KnobError, PadCollapse, TempCache
-from diffaccel.cli import UsageError, app, build_accel, parse_knob
+from diffaccel.cli import app
 from diffaccel.pipelines import CausalWanPipeline
 from diffaccel.pipelines.presets import PRESETS
+from diffaccel.settings import UsageError, build_accel, parse_knob
 from diffaccel.video import read_video, to_uint8, write_video
 
 ROOT = Path(__file__).resolve().parent.parent

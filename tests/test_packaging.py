@@ -17,7 +17,7 @@ ALLOWED = {
     "diffaccel": {"diffaccel", "diffaccel.ann"},
     "pipelines": {"diffaccel", "diffaccel.ann", "diffaccel.pipelines"},
 }
-UPWARD = {"diffaccel/cli.py", "diffaccel/__main__.py", "diffaccel/demo.py"}  # the command line sits on top
+UPWARD = {"diffaccel/cli.py", "diffaccel/settings.py", "diffaccel/__main__.py"}  # the command line sits on top
 
 
 def python(code, cwd=None):
