@@ -1,7 +1,7 @@
 """The `diffaccel` command: generate, compare, list what there is, and say what is wrong in one sentence.
 
-Exit codes: 0 done; 1 a technique was asked for and never engaged (the video is kept); 2 a mistake in what was asked,
-found before anything was computed; 130 interrupted (the frames so far are kept).
+Exit codes: 0 done; 1 a technique asked for by --preset or --set never engaged (the video is kept); 2 a mistake in what
+was asked, found before anything was computed; 130 interrupted (the frames so far are kept).
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def generate(
         if report is not None:
             content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
             _write_json(report, content)
-        _finish(results)
+        _finish(results, asked=preset is not None or bool(changes))
 
 
 @app.command()
@@ -481,14 +481,16 @@ def _slugs(prompts: Sequence[str]) -> list[str]:
     return names
 
 
-def _finish(results: Sequence[_Result]) -> None:
+def _finish(results: Sequence[_Result], *, asked: bool) -> None:
+    """Say what went wrong and exit with its code; what the default preset could not use here was nobody's mistake."""
     for result in results:
-        for sentence in (result.idle, result.interrupted):
-            if sentence:
-                _say(sentence)
+        if result.idle:
+            _say(result.idle if asked else "note: of the default preset, " + result.idle.removeprefix("asked for and "))
+        if result.interrupted:
+            _say(result.interrupted)
     if any(result.interrupted for result in results):
         raise typer.Exit(130)
-    if any(result.idle for result in results):
+    if asked and any(result.idle for result in results):
         raise typer.Exit(1)
 
 

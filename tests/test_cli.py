@@ -108,6 +108,15 @@ def test_the_frames_are_those_of_the_pipeline_and_the_report_says_what_happened(
     assert left_in(tmp_path) == [*(f"frames/{i:05d}.png" for i in range(9)), "r.json"]
 
 
+def test_what_the_default_preset_cannot_use_is_told_and_no_mistake(run, tmp_path):
+    result = run("generate", "a red circle", *SMALL, "--frames", "5", "-o", "v.mp4", "--report", "r.json")
+    assert result.exit_code == 0, result.output
+    assert "note: of the default preset, never engaged: TempCache" in result.stderr
+    assert not json.loads((tmp_path / "r.json").read_text())["slots"]["cache"]["engaged"]
+    result = run("generate", "a red circle", *SMALL, "--frames", "5", "--preset", "balanced", "-o", "v.mp4")
+    assert result.exit_code == 1
+
+
 def test_an_idle_technique_keeps_the_video_and_exits_with_1(run, tmp_path):
     result = run("generate", "a red circle", *SMALL, "--set", "cache.threshold=1", "-o", "v.mp4", "--report", "r.json")
     assert result.exit_code == 1
