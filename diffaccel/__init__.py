@@ -13,34 +13,29 @@ _here = Path(__file__).resolve().parent
 if not (_here / "ann").is_dir():  # a checkout: pipelines/ and ann/ lie beside this folder, a wheel holds them inside
     __path__.append(str(_here.parent))
 
+from . import techniques  # noqa: E402
 from .accel import Accel  # noqa: E402  (the path above must be set first)
-from .cache import TempCache  # noqa: E402
 from .errors import DiffaccelError, KernelError, KnobError, NotEngagedError, UnsupportedError  # noqa: E402
 from .grid import Grid  # noqa: E402
 from .plan import Plan  # noqa: E402
-from .prompt import PadCollapse  # noqa: E402
 from .report import Report  # noqa: E402
-from .reuse import FlashBlock  # noqa: E402
 from .run import Run  # noqa: E402
 from .site import Site  # noqa: E402
+from .techniques import *  # noqa: E402, F403
 from .version import __version__  # noqa: E402
-from .window import FrameWindow  # noqa: E402
 
 __all__ = [
     "Accel",
     "DiffaccelError",
-    "FlashBlock",
-    "FrameWindow",
     "Grid",
     "KernelError",
     "KnobError",
     "NotEngagedError",
-    "PadCollapse",
     "Plan",
     "Report",
     "Run",
     "Site",
-    "TempCache",
     "UnsupportedError",
     "__version__",
 ]
+__all__ += techniques.__all__

@@ -10,17 +10,12 @@ from typing import Any
 from torch import nn
 
 from . import backbone
-from .cache import TempCache
 from .errors import KnobError, UnsupportedError
 from .kernel import CHOICES
 from .policy import SLOTS, CachePolicy, Policy, PromptPolicy, ReusePolicy, Selector
-from .prompt import PadCollapse
-from .reuse import FlashBlock
 from .run import Run
 from .suggest import choose
-from .window import FrameWindow
-
-TECHNIQUES: tuple[type[Policy], ...] = (TempCache, FlashBlock, FrameWindow, PadCollapse)
+from .techniques import TECHNIQUES
 
 _ACTIVE: "weakref.WeakKeyDictionary[nn.Module, Run]" = weakref.WeakKeyDictionary()
 
@@ -169,4 +164,4 @@ def _refusal(
     return None
 
 
-__all__ = ["TECHNIQUES", "Accel", "AppliedRun", "active_run"]
+__all__ = ["Accel", "AppliedRun", "active_run"]

@@ -117,9 +117,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """List every technique: its slot, paper, knobs with defaults, and the setting at which it is dense attention."""
-    from .accel import TECHNIQUES
     from .kernel import CHOICES
     from .pipelines.presets import PRESETS
+    from .techniques import TECHNIQUES
 
     if as_json:
         content = {

@@ -21,10 +21,10 @@ def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
     A knob of an empty slot brings in the slot's technique where there is one only. Later changes win. Raises
     `UsageError` or `KnobError` with the choices.
     """
-    from .accel import TECHNIQUES
     from .pipelines.presets import PRESETS
     from .policy import SLOTS
     from .suggest import choose
+    from .techniques import TECHNIQUES
 
     accel = PRESETS[choose(preset, PRESETS, "preset")]()
     slots: dict[str, Any] = {slot: getattr(accel, slot) for slot in SLOTS}

@@ -12,9 +12,7 @@ refuses them with the reason, and takes `exact`.
 from collections.abc import Callable
 
 from diffaccel.accel import Accel
-from diffaccel.cache import TempCache
-from diffaccel.prompt import PadCollapse
-from diffaccel.reuse import FlashBlock
+from diffaccel.techniques import FlashBlock, PadCollapse, TempCache
 
 
 def exact() -> Accel:

@@ -385,7 +385,7 @@ def test_values_of_the_wrong_type_are_refused_with_what_the_knob_takes():
 
 
 def test_methods_lists_every_technique_with_its_exact_setting(run):
-    from diffaccel.accel import TECHNIQUES
+    from diffaccel.techniques import TECHNIQUES
 
     text = run("methods").stdout
     listed = json.loads(run("methods", "--json").stdout)

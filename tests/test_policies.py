@@ -8,7 +8,7 @@ from matrix import MATRIX
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, KnobError
-from diffaccel.accel import TECHNIQUES
+from diffaccel.techniques import TECHNIQUES
 
 PROMPTS = ["a red circle moves left", "a blue square moves right up"]
 ids = [f"{i}-{row.name}" for i, row in enumerate(MATRIX)]

@@ -3,7 +3,6 @@
 from .dense import KVCache
 from .entries import Entries
 from .memory import Memory
-from .tempcache import TempCache
 from .tiers import ExactTier, Fixed, RowTier, Tier
 
-__all__ = ["Entries", "ExactTier", "Fixed", "KVCache", "Memory", "RowTier", "TempCache", "Tier"]
+__all__ = ["Entries", "ExactTier", "Fixed", "KVCache", "Memory", "RowTier", "Tier"]
