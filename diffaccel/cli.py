@@ -328,6 +328,11 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
                 f"--{name} is for block-by-block generation, and {type(pipe).__name__} makes the whole video at once; "
                 "leave it out, or use --pipeline causal with a causal checkpoint"
             )
+    guidance = arguments.get("guidance_scale", 1 if arguments.get("sampler") == "few_step" else None)
+    if "negative_prompt" in arguments and guidance is not None and guidance <= 1:
+        raise UsageError(
+            f"--negative acts through guidance, which is {guidance:g}; pass --guidance above 1 or leave --negative out"
+        )
     if "image" in arguments and arguments["num_frames"] <= 1:
         raise UsageError(
             "--image gives the first frame and the video needs more than that one; pass --frames 5 or more"

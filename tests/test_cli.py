@@ -261,6 +261,8 @@ MISTAKES = {
     "pipeline": (["p", "--pipeline", "causual"], "did you mean 'causal'"),
     "model folder": (["p", "--model", "./gone"], "there is no folder"),
     "not a checkpoint": (["p", "--model", "."], "is not a diffusers checkpoint"),
+    "negative": (["p", "--negative", "q", "--guidance", "1"], "--negative acts through guidance"),
+    "negative few step": (["p", "--negative", "q", "--sampler", "few_step"], "--negative acts through guidance"),
 }
 
 
