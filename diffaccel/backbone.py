@@ -55,7 +55,8 @@ def register(family: Backbone) -> None:
 def find(pipe: Any) -> tuple[Backbone, list[nn.Module]]:
     """The family of a pipeline and its denoisers."""
     while _PLUGINS:
-        importlib.import_module(_PLUGINS.pop())
+        importlib.import_module(_PLUGINS[-1])
+        _PLUGINS.pop()
     for family in _FAMILIES:
         denoisers = family.denoisers(pipe)
         if denoisers:

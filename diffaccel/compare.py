@@ -7,8 +7,8 @@
     result.write("comparison")
 
 A generation that feeds on its own output amplifies rounding, so one PSNR says little. Four are given, each against
-the same dense video: the accelerated one generated freely; the accelerated one with shared history, where every chunk
-starts from what the dense run left in the cache; the noise floor, which is dense attention computed in parts and
+the same dense video: the accelerated one generated freely; the accelerated one with shared history, where the past
+of every chunk is the dense run's latents; the noise floor, which is dense attention computed in parts and
 merged, mathematically equal and rounded otherwise; and another seed, which is as far as a video can be and still fit
 the prompt.
 """

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class Report:
 
     `seconds`: `attention` (all attention calls; None on a GPU unless the run was asked for timing), `denoise`,
     `decode`, `total`, wall clock. `frames` counts pixel frames, `fps` is frames over total seconds.
-    `peak_memory_bytes` is the allocator's peak on a GPU and the process's on the CPU. `cache.max_tokens` is the most
-    entries any layer and branch kept.
+    `peak_memory_bytes` is the allocator's peak on a GPU since the last generation began, and the process's on the CPU.
+    `cache.max_tokens` is the most entries any layer and branch kept.
     """
 
     slots: dict[str, SlotReport]
@@ -52,7 +52,6 @@ class Report:
     cache: dict[str, int]
     environment: dict[str, str]
     quality: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,7 +76,7 @@ class Report:
             f"peak memory {self.peak_memory_bytes / 2**20:.0f} MiB; most keys in a cache {self.cache['max_tokens']}, "
             f"{self.cache['tokens_per_frame']} a latent frame"
         )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()

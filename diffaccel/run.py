@@ -42,9 +42,10 @@ class Run:
     def __init__(self, accel: "Accel", *, causal: bool, timing: bool = False) -> None:
         self.accel, self.causal, self.timing = accel, causal, timing
         self.cache: CachePolicy = accel.cache or KVCache()
+        self._policies = accel.policies()
         self.slots = {
             slot: SlotReport(type(policy).__name__, policy.values(), engaged=False)
-            for slot, policy in accel.policies().items()
+            for slot, policy in self._policies.items()
         }
         self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None
         self.blocks = self.steps = 0
@@ -74,8 +75,9 @@ class Run:
         self._scratch.clear()
         self._video_frames = frames
         self._before, self._elapsed, self._began = self._before + self._elapsed, 0.0, time.perf_counter()
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if torch.cuda.is_initialized():  # a fresh run does not know its device yet, and an older peak is not its own
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def at(
@@ -123,6 +125,8 @@ class Run:
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         self._tick()
+        held = (t for _, _, stored in self._stored.values() for t in stored)
+        self._note_bytes("reuse", sum(t.numel() * t.element_size() for t in held))
         if not (self.causal and self._told and self._where.phase == "clean"):
             return
         branch = self._where.branch
@@ -209,8 +213,6 @@ class Run:
 
     def store(self, site: Site, memory: Memory, partial: Partial) -> Partial:
         self._stored[site.branch, site.layer] = (site.block, memory.version, partial)
-        held = (t for _, _, stored in self._stored.values() for t in stored)
-        self._note_bytes("reuse", sum(t.numel() * t.element_size() for t in held))
         return partial
 
     def close(self, call: "Call", keys: int) -> None:
@@ -221,7 +223,7 @@ class Run:
         elif self.causal:
             memory = self.memory(call.site)
             total, kept = total + memory.seen, kept + memory.count
-        for slot, policy in self.accel.policies().items():
+        for slot, policy in self._policies.items():
             if (slot == "prompt") != (call.site.part == "cross"):
                 continue
             counts = self.slots[slot]
@@ -256,7 +258,7 @@ class Run:
         if self._began is None:
             return
         idle = [
-            f"{counts.method} ({slot}): {self.accel.policies()[slot].why_idle(self)}"
+            f"{counts.method} ({slot}): {self._policies[slot].why_idle(self)}"
             for slot, counts in self.slots.items()
             if not counts.engaged
         ]

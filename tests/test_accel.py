@@ -1,10 +1,11 @@
 """Getting into and out of a pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from test_policies import generate
 from tiny import tiny_components, tiny_pipeline
 
@@ -114,6 +115,37 @@ def test_stock_pipeline_goes_through_the_seam():
     assert torch.equal(go(), plain)
 
 
+def test_image_conditioned_model_goes_through_the_seam_and_refuses_what_it_cannot_take():
+    """Wan's image-to-video form: cross-attention to image tokens beside 512 of text."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        image_dim=20,
+        added_kv_proj_dim=48,
+    ).eval()
+    pipe = SimpleNamespace(transformer=model)
+    latents, text, image = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 512, 16), torch.randn(2, 7, 20)
+    arguments = {"timestep": torch.tensor([500.0, 500.0]), "encoder_hidden_states": text, "return_dict": False}
+
+    @torch.no_grad()
+    def go(image):
+        return model(latents, encoder_hidden_states_image=image, **arguments)[0]
+
+    plain = go(image)
+    with Accel()(pipe):
+        torch.testing.assert_close(go(image), plain, atol=1e-5, rtol=0)
+        assert (go(image.flip(-1)) - plain).abs().max() > 1e-4  # the image is read
+    with pytest.raises(UnsupportedError, match="counting back from 512 prompt tokens"):
+        Accel(prompt=PadCollapse()).apply(pipe)
+
+
 IDLE = [
     (Accel(cache=TempCache(threshold=1.0)), {}, r"the most alike had 0\.\d+: lower the threshold"),
     (Accel(cache=TempCache(recent_frames=99)), {}, "no frame ever left the recent ones"),
@@ -165,7 +197,7 @@ def test_report_is_json_with_stable_keys(pipe):
     _, run = generate(pipe, Accel(cache=TempCache(threshold=0.3)))
     found = json.loads(run.report().to_json())
     assert set(found) == {
-        "slots", "kernel", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "quality", "notes",
+        "slots", "kernel", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "quality",
     }  # fmt: skip
     assert set(found["slots"]["cache"]) == {
         "method", "knobs", "engaged", "calls", "skipped", "keys_kept", "keys_read", "keys_total", "bytes",

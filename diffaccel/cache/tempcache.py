@@ -32,8 +32,8 @@ class TempCache(CachePolicy):
     merge changes is the difference of scores and that grows with the keys' length.
 
     Differences from the paper: it merges newest-key-wins at the newest position (`representative="last"`) and does
-    not say how it treats rotary positions; here the default is the mean of the rotated keys, and the newest frames
-    stay unmerged, both measured to be far closer to dense attention (samples/RESULTS.md).
+    not say how it treats rotary positions; here the default is the mean of the rotated keys, measured to be far closer
+    to dense attention (samples/RESULTS.md), and the newest frames stay unmerged.
     """
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"

@@ -1,7 +1,8 @@
 """Attention over entries that stand for several tokens each, the log-multiplicity applied exactly.
 
-A bias on every score costs a dense kernel half its speed on a GPU. Entries of one multiplicity share one bias, and a
-constant added to every score only moves the log-sum-exp: each group is read without bias and weighted as it merges.
+A bias on every score slows a dense kernel down on a GPU, and FlashAttention-3 takes none. Entries of one multiplicity
+share one bias, and a constant added to every score only moves the log-sum-exp: each group is read without bias and
+weighted as it merges.
 """
 
 from math import log
