@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .pipelines.loading import BUNDLED_MODELS
 from .settings import UsageError, build_accel, describe_accel, describe_slots, describe_technique
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_MODEL = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '.join(BUNDLED_MODELS)}"
+
 
 def main() -> None:
     """Entry point of the `diffaccel` command."""
@@ -51,7 +54,7 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help=".mp4, .gif, or a folder")] = Path("out.mp4"),
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
-    model: Annotated[str | None, typer.Option(help="folder or hub name of a diffusers checkpoint")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
     frames: Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels, for example 832x480")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps (of each block)")] = None,
@@ -146,7 +149,7 @@ def methods(
 @app.command()
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="PIPELINE", help="folder or hub name; default: the bundled")
+        str | None, typer.Argument(metavar="PIPELINE", help=f"{_MODEL}; default: {BUNDLED_MODELS[0]}")
     ] = None,
     pipeline: Annotated[str | None, typer.Option(help="causal or stock")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="for the tokens of a frame")] = None,
@@ -312,7 +315,7 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
     from math import lcm
 
     from .errors import UnsupportedError
-    from .pipelines.inputs import check_frames, check_size, unread
+    from .pipelines.inputs import SAMPLERS, check_frames, check_size, unread
     from .suggest import choose
 
     causal = bool(getattr(pipe, "block_causal", False))
@@ -321,14 +324,15 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
     for name, side in (("width", patch[2]), ("height", patch[1])):
         check_size(f"the {name} in --size", arguments[name], lcm(16, pipe.vae_scale_factor_spatial * side))
     if "sampler" in arguments:
-        choose(arguments["sampler"], ("multistep", "few_step"), "sampler")
+        choose(arguments["sampler"], SAMPLERS, "sampler")
     for name in ("image", "sampler"):
         if name in arguments and not causal:
             raise UsageError(
                 f"--{name} is for block-by-block generation, and {type(pipe).__name__} makes the whole video at once; "
                 "leave it out, or use --pipeline causal with a causal checkpoint"
             )
-    guidance = arguments.get("guidance_scale", 1 if arguments.get("sampler") == "few_step" else None)
+    sampler = arguments.get("sampler", pipe.config.get("sampler"))
+    guidance = arguments.get("guidance_scale", 1 if sampler == "few_step" else None)
     if "negative_prompt" in arguments and guidance is not None and guidance <= 1:
         raise UsageError(
             f"--negative acts through guidance, which is {guidance:g}; pass --guidance above 1 or leave --negative out"

@@ -17,8 +17,8 @@ from diffaccel.suggest import choose
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-BUNDLED = "tiny-world"
-"""The small model that comes with the toolkit, and what opens when no other is named."""
+BUNDLED_MODELS = ("tiny-world", "tiny-world-few-step")
+"""The small models that come with the toolkit, opened by these names; the first where none is named."""
 
 PIPELINES = ("causal", "stock")
 """Block by block with a cache, or the pipeline class of the checkpoint as diffusers has it."""
@@ -32,26 +32,29 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 DEFAULTS_FILE = "generation.json"
 """Beside a checkpoint's model_index.json: what to generate where nothing is said ({"width": 128, "height": 128}), and
-under "pipeline" how: "causal" for weights that were trained for it, whatever class they were saved by."""
+how. "pipeline": "causal" is for weights that were trained for it, whatever class they were saved by, and with it
+"sampler" names the one they were trained for. "base" is a folder, relative to the checkpoint, that has the components
+the checkpoint itself lacks."""
 
 
 class LoadError(DiffaccelError):
     """No pipeline can be opened from what was named."""
 
 
-def bundled_model() -> Path:
-    """Folder of the bundled model: `samples/tiny-world` beside the package in a checkout, inside it in a wheel.
+def bundled_model(name: str = BUNDLED_MODELS[0]) -> Path:
+    """Folder of a bundled model: `samples/NAME` beside the package in a checkout, inside it in a wheel.
 
-    Raises `LoadError` where neither is there.
+    Raises `LoadError` where neither is there, `KnobError` for a name that is none of `BUNDLED_MODELS`.
     """
+    choose(name, BUNDLED_MODELS, "bundled model")
     package = Path(diffaccel.__file__).resolve().parent
-    places = (package / "samples" / BUNDLED, package.parent / "samples" / BUNDLED)
+    places = (package / "samples" / name, package.parent / "samples" / name)
     for place in places:
         if (place / "model_index.json").is_file():
             return place
     looked = " nor ".join(f"'{place}'" for place in places)
     raise LoadError(
-        f"the bundled model '{BUNDLED}' is not part of this installation (neither {looked} holds it); "
+        f"the bundled model '{name}' is not part of this installation (neither {looked} holds it); "
         "pass --model with a folder or hub name of a diffusers video pipeline"
     )
 
@@ -59,14 +62,16 @@ def bundled_model() -> Path:
 def check_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The `model_index.json` of a diffusers checkpoint, after a look at every component and weight file in it.
 
-    Only headers are read, so it takes milliseconds at any size. Raises `LoadError` for a folder that is no checkpoint,
-    a component that is missing, and a safetensors file that is corrupt or shorter than its header says.
+    Only headers are read, so it takes milliseconds at any size. Components may lie in the base that `generation.json`
+    names, which is looked at in the same way. Raises `LoadError` for a folder that is no checkpoint, a component that
+    is missing, a safetensors file that is corrupt or shorter than its header says, and a base that cannot be used.
     """
     root = Path(folder)
     index_file = root / "model_index.json"
     if not root.is_dir():
         raise LoadError(
-            f"there is no folder '{root}'; pass the folder of a diffusers checkpoint, or a hub name 'owner/name'"
+            f"there is no folder '{root}'; pass the folder of a diffusers checkpoint, a hub name 'owner/name', "
+            f"or a bundled model ({', '.join(BUNDLED_MODELS)})"
         )
     if not index_file.is_file():
         raise LoadError(
@@ -75,9 +80,14 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
     index = _read_json(index_file)
     if not isinstance(index.get("_class_name"), str):
         raise LoadError(f"'{index_file}' names no pipeline class (_class_name), so it cannot be opened; save it anew")
-    for name, source in index.items():
-        if not name.startswith("_") and isinstance(source, list) and all(source) and not (root / name).is_dir():
-            raise LoadError(f"the checkpoint '{root}' lacks its component folder '{name}'; download or save it again")
+    lacking = _lacking(root, index)
+    base = _base(root)
+    if base is not None:
+        _check_base(root, base, lacking)
+    elif lacking:
+        raise LoadError(
+            f"the checkpoint '{root}' lacks its component folder '{next(iter(lacking))}'; download or save it again"
+        )
     for file in sorted(root.glob("*/*.safetensors")):
         _check_safetensors(file)
     for file in sorted(root.glob("*/*.safetensors.index.json")):
@@ -88,6 +98,50 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
                 f"'{file.parent}' lacks {len(absent)} weight file(s), first '{absent[0]}'; download it again"
             )
     return index
+
+
+def _lacking(root: Path, index: dict[str, Any]) -> dict[str, list[str]]:
+    """The components of a checkpoint that have no folder in it, with the library and class of each."""
+    return {name: source for name, source in _components(index).items() if not (root / name).is_dir()}
+
+
+def _components(index: dict[str, Any]) -> dict[str, list[str]]:
+    """Library and class of every component in a `model_index.json` that is not left empty."""
+    return {
+        name: source
+        for name, source in index.items()
+        if not name.startswith("_") and isinstance(source, list) and all(source)
+    }
+
+
+def _base(root: Path) -> Path | None:
+    """The folder that the `generation.json` of a checkpoint names as its base."""
+    base = _read_generation(root).get("base")
+    return None if base is None else (root / base).resolve()
+
+
+def _check_base(root: Path, base: Path, lacking: dict[str, list[str]]) -> None:
+    """Refuse a base that is damaged, has a base itself, or does not have the components that are lacking."""
+    file = root / DEFAULTS_FILE
+    if not base.is_dir():
+        raise LoadError(
+            f"'{file}' names the base '{base}', and there is no such folder; put the checkpoint there or correct 'base'"
+        )
+    if _base(base) is not None:
+        # also what ends the search where a checkpoint names itself
+        raise LoadError(f"the base '{base}' of '{root}' has a base itself; name one in '{file}' that is complete")
+    try:
+        known = _components(check_checkpoint(base))
+    except LoadError as error:
+        raise LoadError(f"the base of '{root}' cannot be used: {error}") from error
+    for name, source in lacking.items():
+        if name not in known:
+            raise LoadError(f"'{root}' and its base '{base}' both lack the component '{name}'; name another base")
+        if known[name] != source:
+            have, need = ".".join(known[name]), ".".join(source)
+            raise LoadError(
+                f"the '{name}' of the base '{base}' is a {have}, and '{root}' needs a {need}; name another base"
+            )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -133,29 +187,36 @@ class Defaults:
 def defaults(pipe: Any, model: str | Path | None = None) -> Defaults:
     """Those of the checkpoint's `generation.json` if it has one, else those of the pipeline's call.
 
-    Raises `LoadError` for a `generation.json` with a name that is none of `Defaults`, or a value that is no number.
+    Raises `LoadError` for a `generation.json` with a name or a value that it may not hold.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     names = [item.name for item in fields(Defaults)]
     found = {name: parameters[name].default for name in names if name in parameters}
-    given = _read_defaults(Path(bundled_model() if model is None else model))
-    given.pop("pipeline", None)
-    return Defaults(**(found | given))
+    given = _read_generation(Path(_find(model)))
+    return Defaults(**(found | {name: given[name] for name in names if name in given}))
 
 
-def _read_defaults(folder: Path) -> dict[str, Any]:
+def _read_generation(folder: Path) -> dict[str, Any]:
     """What the `generation.json` of a checkpoint says, checked; nothing where there is none."""
     file = folder / DEFAULTS_FILE
     if not file.is_file():
         return {}
     given = _read_json(file)
-    names = ["pipeline", *(item.name for item in fields(Defaults))]
+    names = ["pipeline", *(item.name for item in fields(Defaults)), "sampler", "base"]
     for name, value in given.items():
         if name not in names:
             raise LoadError(f"'{file}' may hold {', '.join(names)}, not {name!r}")
+        if name in ("pipeline", "sampler", "base") and not (isinstance(value, str) and value):
+            raise LoadError(f"'{file}' must hold a name as {name!r}, got {value!r}")
         if name == "pipeline":
             choose(value, PIPELINES, f"pipeline in '{file}'")
-        elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+        elif name == "sampler":
+            from .inputs import SAMPLERS  # not above: it imports diffusers, and help is to be quick
+
+            choose(value, SAMPLERS, f"sampler in '{file}'")
+            if given.get("pipeline") != "causal":
+                raise LoadError(f'\'{file}\' names a sampler, which is for "pipeline": "causal"; add that or drop it')
+        elif name != "base" and (isinstance(value, bool) or not isinstance(value, (int, float, type(None)))):
             raise LoadError(f"'{file}' must hold numbers, got {value!r} for {name!r}")
     return given
 
@@ -197,10 +258,11 @@ def load(
     """A diffusers pipeline, on its device, with its progress bar off.
 
     Args:
-        model: a folder saved by diffusers, or a hub name `owner/name`; None opens the bundled model.
+        model: a folder saved by diffusers, a hub name `owner/name`, or one of `BUNDLED_MODELS` where no folder has
+            that name; None opens the first of those.
         pipeline: "causal" generates block by block (the transformer must have been trained for that), "stock" takes the
             checkpoint's own diffusers class. By default what the checkpoint says of itself, in `generation.json` or by
-            the class it was saved by.
+            the class it was saved by. A sampler it names becomes the causal pipeline's; a call may take another.
         dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 elsewhere. The video
             autoencoder stays in float32, whose rounding would show.
         device: "cpu", "cuda", "cuda:1"; by default CUDA where there is one.
@@ -208,7 +270,7 @@ def load(
 
     Raises:
         LoadError: nothing can be opened there; the sentence says what is wrong and what to do.
-        KnobError: an unknown name for `pipeline`, `dtype` or `offload`.
+        KnobError: an unknown name for `pipeline`, `dtype` or `offload`, here or in the `generation.json`.
     """
     choose(offload, OFFLOADS, "offload")
     if pipeline is not None:
@@ -219,17 +281,22 @@ def load(
         raise LoadError(
             f"--offload {offload} moves weights to a GPU when they are needed, and the device is the CPU; drop it"
         )
-    source = bundled_model() if model is None else model
+    source = _find(model)
     local = Path(source)
+    generation: dict[str, Any] = {}
+    base, lacking = None, []
     if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
         index = check_checkpoint(local)
-        pipeline = pipeline or _read_defaults(local).get("pipeline")
+        generation, base, lacking = _read_generation(local), _base(local), list(_lacking(local, index))
+        pipeline = pipeline or generation.get("pipeline")
     else:
         index = _hub_index(str(source))
     cls = _pipeline_class(index["_class_name"], pipeline, str(source))
-    components = {"default": kind, "vae": torch.float32} if "vae" in index else kind
+    given = {"sampler": generation["sampler"]} if "sampler" in generation and pipeline == "causal" else {}
     try:
-        pipe = cls.from_pretrained(str(source), dtype=components)
+        if base is not None and lacking:
+            given |= _load_from_base(base, lacking, kind)
+        pipe = cls.from_pretrained(str(source), dtype=_component_dtypes(index, kind), **given)
     except DiffaccelError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
@@ -242,6 +309,27 @@ def load(
     else:
         pipe.to(where)
     return pipe
+
+
+def _find(model: str | Path | None) -> str | Path:
+    """The folder of a bundled model that is named, or of the first where none is; any other name as it is."""
+    if model is None:
+        return bundled_model()
+    named = isinstance(model, str) and model in BUNDLED_MODELS and not Path(model).is_dir()
+    return bundled_model(str(model)) if named else model
+
+
+def _component_dtypes(index: dict[str, Any], kind: torch.dtype) -> Any:
+    return {"default": kind, "vae": torch.float32} if "vae" in index else kind
+
+
+def _load_from_base(base: Path, names: list[str], kind: torch.dtype) -> dict[str, Any]:
+    """Those components of a checked checkpoint; the others are not read."""
+    index = _read_json(base / "model_index.json")
+    cls = _pipeline_class(index["_class_name"], "stock", str(base))
+    others = {name: None for name in _components(index) if name not in names}
+    pipe = cls.from_pretrained(str(base), dtype=_component_dtypes(index, kind), **others)
+    return {name: getattr(pipe, name) for name in names}
 
 
 def _hub_index(name: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from diffaccel.pipelines.loading import BUNDLED_MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ALLOWED = {
@@ -104,14 +106,20 @@ def test_every_public_name_exists():
             assert getattr(module, public) is not None
 
 
+def test_the_wheel_is_told_of_every_bundled_model():
+    data = PROJECT["tool"]["setuptools"]["package-data"]["diffaccel.samples"]
+    assert data == [f"{name}/**/*" for name in BUNDLED_MODELS]
+
+
 @pytest.mark.slow
-def test_the_wheel_has_one_top_level_name(tmp_path):
+def test_the_wheel_has_one_top_level_name_and_the_bundled_models(tmp_path):
     source = tmp_path / "source"  # building leaves a folder behind that a later build would take files from
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     for name in tracked.splitlines():
         if (ROOT / name).is_file() and not name.startswith(("tests/", "scripts/")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    first, second = (source / "samples" / name for name in BUNDLED_MODELS)
     built = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True,
@@ -123,4 +131,17 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"diffaccel"}
     assert {"diffaccel/py.typed", "diffaccel/ann/flat.py", "diffaccel/pipelines/causal_wan.py"} <= set(names)
-    assert "diffaccel/samples/tiny-world/model_index.json" in names
+    for folder in (first, second):
+        files = {f"diffaccel/{file.relative_to(source)}" for file in folder.rglob("*") if file.is_file()}
+        assert f"diffaccel/samples/{folder.name}/model_index.json" in files
+        assert files == {name for name in names if name.startswith(f"diffaccel/samples/{folder.name}/")}
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = (
+        "from diffaccel.pipelines.loading import BUNDLED_MODELS, bundled_model, check_checkpoint\n"
+        "for name in BUNDLED_MODELS: check_checkpoint(bundled_model(name)); print(bundled_model(name))"
+    )
+    found = python(code, cwd=installed)
+    places = [str(installed / "diffaccel" / "samples" / name) for name in BUNDLED_MODELS]
+    assert found.stdout.splitlines() == places, found.stdout + found.stderr
