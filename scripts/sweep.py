@@ -22,7 +22,7 @@ from diffaccel.report import Report
 
 PROMPTS = [
     "a large red circle moves left over a green checkerboard",
-    "a small blue star bounces over navy dotted background. the camera pans right",
+    "a small blue ring bounces over a striped navy background. the camera pans right",
 ]
 SETTINGS = {
     "TempCache(0.95)": Accel(cache=TempCache(threshold=0.95)),

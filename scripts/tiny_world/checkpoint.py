@@ -1,33 +1,73 @@
-"""Checkpoints as safetensors bytes cut into parts of at most 15 MiB, and the optimiser's schedule."""
+"""Stage checkpoints, and what every stage's loop needs: a budget, a schedule, an average of the weights."""
 
+import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-PART = 15 * 2**20
+
+class TrainingError(Exception):
+    """A stage cannot run as asked; the message says why and what to do."""
 
 
-def save_parts(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `name.part0`, `name.part1`, ...; each is complete before it replaces its predecessor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    for index in range(math.ceil(len(data) / PART)):
-        path = folder / f"{name}.part{index}"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data[index * PART : (index + 1) * PART])
+def save_stage(folder: Path, name: str, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, Any]) -> None:
+    """Write `name.safetensors`. The file is complete before it takes its predecessor's place.
+
+    Raises `TrainingError` where it cannot be written (a full disk, say); the predecessor is then still there.
+    """
+    path = folder / f"{name}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"sizes": json.dumps(dict(sizes))})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = f"; the last good '{path}' is kept" if path.exists() else ""
+        raise TrainingError(f"'{path}' ({len(data) / 2**20:.0f} MiB) cannot be written: {error}{kept}") from error
 
 
-def load_parts(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
-    """The tensors of a checkpoint, or None where there is none."""
-    paths = sorted(folder.glob(f"{name}.part*"), key=lambda path: int(path.suffix.removeprefix(".part")))
-    if not paths:
+def load_stage(folder: Path, name: str, sizes: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The tensors of a stage, or None where it has not run yet.
+
+    Raises `TrainingError` for a file that is damaged, or of a model of other sizes.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
         return None
-    return load(b"".join(path.read_bytes() for path in paths))
+    try:
+        with safe_open(path, "pt") as file:
+            held = json.loads((file.metadata() or {}).get("sizes", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TrainingError(
+            f"'{path}' is damaged or cut short ({error}); put back a good copy, or delete it to start the stage anew"
+        ) from error
+    if held != dict(sizes):
+        raise TrainingError(
+            f"'{path}' holds a model of sizes {held}, the config asks for {dict(sizes)}; "
+            "use the config it was trained with, or another --out"
+        )
+    return tensors
+
+
+def need_stage(folder: Path, name: str, sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a stage that a later one builds on."""
+    tensors = load_stage(folder, name, sizes)
+    if tensors is None:
+        raise TrainingError(f"there is no '{folder / name}.safetensors': run the {name} stage first")
+    return tensors
 
 
 def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -38,6 +78,13 @@ def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
 def strip(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors under `prefix.`, without it."""
     return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + ".")}
+
+
+def record(folder: Path, stage: str, **values: Any) -> None:
+    """Append one line to `metrics.jsonl`, so that a run that is cut still tells what it measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"stage": stage, **values}) + "\n")
 
 
 class Clock:

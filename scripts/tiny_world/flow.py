@@ -6,9 +6,8 @@ level and a frame-by-frame attention pattern, so one sequence can hold a clean a
 saves most of the memory traffic of the library's per-token timesteps.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +23,25 @@ Cache = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Attention pattern of a sequence: `allowed[q, k]` between slots (S, S), and blocks of slots."""
+    """Attention pattern of a sequence of S slots.
+
+    `allowed[q, k]` between slots (S, S); the block of each slot (S,), `count` of them; the last slot of its block (S,);
+    the weight of its loss (S,), 1 on average. `first` is the length of the first block.
+    """
 
     name: str
+    causal: bool
+    first: int
+    count: int
     allowed: torch.Tensor
     blocks: torch.Tensor
+    ends: torch.Tensor
     weight: torch.Tensor
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same on another device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("allowed", "blocks", "ends", "weight")}
+        return replace(self, **tensors)
 
 
 def block_ids(frames: int, first: int, block: int = 3) -> torch.Tensor:
@@ -43,27 +55,40 @@ def teacher_forcing(frames: int, first: int) -> Layout:
     q, k = blocks[:, None], blocks[None, :]
     nothing = torch.zeros(frames, frames, dtype=torch.bool)
     allowed = torch.cat([torch.cat([k <= q, nothing], 1), torch.cat([k < q, k == q], 1)], 0)
-    weight = torch.cat([torch.zeros(frames), torch.ones(frames)])
-    return Layout(f"causal{first}", allowed, torch.cat([blocks, blocks]), weight)
+    ends = torch.tensor([int((blocks == block).nonzero().max()) for block in blocks])
+    weight = torch.cat([torch.zeros(frames), 2 * torch.ones(frames)])
+    count = int(blocks.max()) + 1
+    both = torch.cat([blocks, blocks])
+    return Layout(f"causal{first}", True, first, count, allowed, both, torch.cat([ends, ends + frames]), weight)
 
 
 def bidirectional(frames: int, length: int) -> Layout:
     """Slots [noisy | noisy]: one copy whole, one cut to `length` frames (what is cut off carries no loss)."""
     blocks = torch.cat([torch.zeros(frames), 1 + (torch.arange(frames) >= length)]).long()
     weight = (blocks < 2).float()
-    return Layout(f"full{length}", blocks[:, None] == blocks[None, :], blocks, weight)
+    count = int(blocks.max()) + 1
+    allowed = blocks[:, None] == blocks[None, :]
+    return Layout(
+        f"full{length}", False, frames, count, allowed, blocks, torch.arange(2 * frames), weight / weight.mean()
+    )
 
 
-def text_bias(lengths: torch.Tensor, width: int) -> torch.Tensor:
-    """Score bias (B, 1, 1, width + 1) of a context cut to `width` words plus one padding key.
+def text_bias(lengths: torch.Tensor, width: int, choice: torch.Tensor) -> torch.Tensor:
+    """Score bias (B, S, P * (width + 1)) of P prompts, each cut to `width` words plus one padding key.
 
-    The library pads the context with zeros to 512 and does not mask it. All those keys are equal, so a single
-    one with the log of their number as bias gives the same attention.
+    The library pads a prompt with zeros to 512 and does not mask it. All those keys are equal, so a single one with
+    the log of their number as bias gives the same attention.
+
+    Args:
+        lengths: words of each prompt, (B, P).
+        choice: the prompt that each slot reads, (B, S).
     """
+    prompts = lengths.shape[1]
     index = torch.arange(width + 1, device=lengths.device)
-    bias = torch.where(index[None] < lengths[:, None], 0.0, -1e9)
-    bias[:, width] = torch.log((CONTEXT - lengths).float())
-    return bias[:, None, None, :]
+    bias = torch.where(index < lengths[..., None], 0.0, -1e9)
+    bias[..., width] = torch.log((CONTEXT - lengths).float())
+    others = choice[..., None] != torch.arange(prompts, device=choice.device)
+    return (bias[:, None] - 1e9 * others[..., None].float()).flatten(2)
 
 
 def block_weights(block: nn.Module) -> list[torch.Tensor]:
@@ -115,7 +140,9 @@ def block_forward(
     mask: BlockMask | torch.Tensor | None,
     past: Cache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One block: hidden (B, S, P, D), modulation (B, S, 6, D), context (B, T, D); also returns its keys and values.
+    """One block: hidden (B, S, P, D), modulation (B, S, 6, D), context (B, T, D), bias (B, S, T).
+
+    Also returns its keys and values.
 
     `past` holds the rotated keys and the values (B, heads, L, hd) of earlier frames, put before this call's own.
     """
@@ -144,8 +171,9 @@ def block_forward(
     q = split(_rms_norm(_linear(h, cq, cbq), cnq))
     ck_, cv_ = split(_rms_norm(_linear(context, ck, cbk), cnk)), split(_linear(context, cv, cbv))
     # So few keys that the plain product beats a fused kernel with a bias.
-    scores = (q @ ck_.transpose(-1, -2)).float() * (d // heads) ** -0.5 + bias
-    y = scores.softmax(-1).to(q.dtype) @ cv_
+    scores = (q @ ck_.transpose(-1, -2)).float() * (d // heads) ** -0.5
+    scores = scores.view(b, heads, s, p, -1) + bias[:, None, :, None, :]
+    y = scores.softmax(-1).to(q.dtype).flatten(2, 3) @ cv_
     hidden = hidden + _linear(y.transpose(1, 2).reshape(b, s, p, d), co, cbo)
 
     h = (_layer_norm(hidden) * (1 + scale2) + shift2).to(hidden.dtype)
@@ -192,7 +220,7 @@ class FlowNet:
     ) -> torch.Tensor:
         """Velocity (B, C, S, H, W) of normalised latents at `timesteps` (B, S) in 0..1000.
 
-        `embeddings` (B, T, text_dim) are the words' embeddings, zero past the prompt; `bias` is `text_bias`.
+        `embeddings` (B, T, text_dim) are the prompts' words, zero past each prompt; `bias` (B, S, T) is `text_bias`.
         Keys and values of every layer are appended to `keep`.
         """
         model, embedder = self.model, self.model.condition_embedder
@@ -231,11 +259,10 @@ class FlowNet:
 class Masks:
     """Attention masks of layouts: flex block masks on CUDA, dense booleans elsewhere.
 
-    All flex masks read one buffer, so that they are the same function and need one compiled graph.
+    All flex masks of one size read one buffer, so that they are the same function and need one compiled graph.
     """
 
     def __init__(self, layouts: Sequence[Layout], tokens: int, device: torch.device, flex: bool) -> None:
-        self.layouts = {layout.name: layout for layout in layouts}
         self.allowed = {layout.name: layout.allowed.to(device) for layout in layouts}
         self.tokens = tokens
         self.buffer = torch.zeros_like(next(iter(self.allowed.values())))
@@ -246,10 +273,10 @@ class Masks:
             def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 return buffer[q // tokens, k // tokens]
 
-            length = len(self.buffer) * tokens
+            queries, keys = (side * tokens for side in buffer.shape)
             for name, allowed in self.allowed.items():
                 self.buffer.copy_(allowed)
-                self.flex[name] = create_block_mask(visible, None, None, length, length, device=device)
+                self.flex[name] = create_block_mask(visible, None, None, queries, keys, device=device)
 
     def select(self, name: str) -> BlockMask | torch.Tensor:
         """The mask of a layout; valid until the next call."""
@@ -259,7 +286,7 @@ class Masks:
         return self.dense(name)
 
     def dense(self, name: str) -> torch.Tensor:
-        """The mask between tokens, (S * P, S * P) booleans."""
+        """The mask between tokens, booleans."""
         return self.allowed[name].repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
 
 
@@ -268,16 +295,6 @@ def shifted(uniform: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def sigmas(steps: int, shift: float) -> list[float]:
-    """Noise levels of an Euler run, from 1 to 0."""
-    return [shift * u / (1 + (shift - 1) * u) if u > 0 else 0.0 for u in (1 - i / steps for i in range(steps + 1))]
-
-
-def decode_frames(count: int) -> int:
-    """Video frames of `count` latent frames."""
-    return 4 * (count - 1) + 1
-
-
 def latent_frames(count: int) -> int:
     """Latent frames of a clip of `count` frames."""
-    return math.ceil((count - 1) / 4) + 1
+    return (count - 1 + 3) // 4 + 1

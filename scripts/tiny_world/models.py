@@ -15,26 +15,22 @@ LATENT_CHANNELS = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths and depths; `toy` is for tests of the trainer itself."""
+    """Widths and depths, the "sizes" of a config."""
 
-    vae_dim: int = 16
-    heads: int = 4
-    head_dim: int = 64
-    layers: int = 8
-    ffn_dim: int = 1024
-    text_layers: int = 2
-
-
-FULL = Sizes()
-TOY = Sizes(vae_dim=8, heads=2, head_dim=24, layers=2, ffn_dim=64, text_layers=1)
+    vae_dim: int
+    heads: int
+    head_dim: int
+    layers: int
+    ffn_dim: int
+    text_layers: int
 
 
-def build_vae(sizes: Sizes = FULL) -> AutoencoderKLWan:
+def build_vae(sizes: Sizes) -> AutoencoderKLWan:
     """Causal video VAE: 4x in time, 8x in space, 16 channels."""
     return AutoencoderKLWan(base_dim=sizes.vae_dim, z_dim=LATENT_CHANNELS, num_res_blocks=1)
 
 
-def build_transformer(sizes: Sizes = FULL) -> WanTransformer3DModel:
+def build_transformer(sizes: Sizes) -> WanTransformer3DModel:
     """Wan transformer with 64 tokens per latent frame at 128x128."""
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -56,7 +52,7 @@ def build_transformer(sizes: Sizes = FULL) -> WanTransformer3DModel:
     return model
 
 
-def build_text_encoder(sizes: Sizes = FULL) -> UMT5EncoderModel:
+def build_text_encoder(sizes: Sizes) -> UMT5EncoderModel:
     """Small UMT5 encoder over the word-level vocabulary."""
     return UMT5EncoderModel(
         UMT5Config(
@@ -75,9 +71,9 @@ def build_text_encoder(sizes: Sizes = FULL) -> UMT5EncoderModel:
     )
 
 
-def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Flow matching, Euler steps."""
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
+def build_scheduler(few_step: bool = False) -> FlowMatchEulerDiscreteScheduler:
+    """Flow matching: Euler steps, or with `few_step` a clean prediction that is noised anew at each level."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, stochastic_sampling=few_step)
 
 
 def latent_stats(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,11 @@ class Workers:
         """Whether this process writes the log and the checkpoints."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Print a line once."""
+        if self.main:
+            print(line, flush=True)
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its mean over the processes."""
         if self.count == 1:
@@ -45,11 +50,10 @@ class Workers:
         dist.broadcast(box, 0)
         return float(box.item())
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the processes."""
+    def wait(self) -> None:
+        """Until every process has come this far."""
         if self.count > 1:
-            dist.all_reduce(tensor)
-        return tensor
+            dist.barrier()
 
     def broadcast_module(self, module: torch.nn.Module) -> None:
         """Start every process from the weights of process 0."""

@@ -7,11 +7,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .checkpoint import Average, Clock, learning_rate, load_parts, prefixed, save_parts, strip
-from .models import FULL, TOY, build_vae
+from .checkpoint import (
+    Average,
+    Clock,
+    TrainingError,
+    learning_rate,
+    load_stage,
+    need_stage,
+    prefixed,
+    record,
+    save_stage,
+    strip,
+)
+from .config import Config
+from .models import build_vae
 from .parallel import Workers
 from .parallel_vae import ParallelVAE
-from .world import draw_scene, render
+from .world import draw_scene, render, sprite_path
 
 VALIDATION_SEED = 900_000_000
 # Frames of the long crops: more than the decoder's temporal receptive field of 117.
@@ -44,40 +56,24 @@ class Bank:
 
     def __init__(self, count: int, frames: int, seed: int, device: torch.device) -> None:
         self.rng = random.Random(seed)
-        chunks = []
-        for start in range(0, count, 32):
-            scenes = [draw_scene(seed + i) for i in range(start, min(start + 32, count))]
-            chunks.append(render(scenes, frames, device))
+        self.scenes = [draw_scene(seed + i) for i in range(count)]
+        chunks = [render(self.scenes[start : start + 32], frames, device) for start in range(0, count, 32)]
         self.clips = torch.cat(chunks)
 
     def crops(self, batch: int, frames: int, size: int) -> torch.Tensor:
-        """(batch, 3, frames, size, size) in -1..1."""
+        """(batch, 3, frames, size, size) in -1..1; every other crop is laid around a sprite."""
         count, total, _, height, width = self.clips.shape
         out = []
-        for _ in range(batch):
+        for row in range(batch):
             i, t = self.rng.randrange(count), self.rng.randrange(total - frames + 1)
             y, x = self.rng.randrange(height - size + 1), self.rng.randrange(width - size + 1)
+            if row % 2:
+                sprite = self.rng.randrange(len(self.scenes[i].sprites))
+                where = sprite_path(self.scenes[i], sprite, total)[t + self.rng.randrange(frames)]
+                corner = [round(float(at)) - size // 2 + self.rng.randint(-8, 8) for at in where]
+                x, y = min(max(corner[0], 0), width - size), min(max(corner[1], 0), height - size)
             out.append(self.clips[i, t : t + frames, :, y : y + size, x : x + size])
         return to_signed(torch.stack(out))
-
-
-def _pick_layout(model: ParallelVAE, sample: torch.Tensor, log: list[str]) -> None:
-    """Measure both memory layouts on the device and keep the faster."""
-    timings = {}
-    for channels_last in (True, False):
-        model.channels_last = channels_last
-        for attempt in range(4):
-            if attempt == 2:
-                torch.cuda.synchronize()
-                start = time.monotonic()
-            mean, _ = model.moments(sample)
-            model.decode(mean).square().mean().backward()
-        torch.cuda.synchronize()
-        timings[channels_last] = (time.monotonic() - start) / 2
-    model.channels_last = min(timings, key=timings.__getitem__)
-    for parameter in model.vae.parameters():
-        parameter.grad = None
-    log.append(f"vae layout: channels_last {timings[True]:.3f} s/step, contiguous {timings[False]:.3f} s/step")
 
 
 @torch.no_grad()
@@ -103,85 +99,65 @@ def measure_latents(model: ParallelVAE, bank: Bank, batches: int, frames: int) -
     return values.mean(1), values.std(1)
 
 
-def train_vae(
-    out: Path,
-    workers: Workers,
-    minutes: float,
-    steps: int | None,
-    seed: int,
-    toy: bool,
-    batch: int,
-    lr: float,
-    decoder_only: bool = False,
-) -> None:
-    """Train, resuming from the parts in `out`, and write `vae.part*` there (averaged weights, statistics).
+def train_decoder(config: Config, out: Path, workers: Workers, seed: int) -> None:
+    """Go on with the decoder of `vae.safetensors` alone; a transformer trained on its latents stays valid."""
+    need_stage(out, "vae", config.describe())
+    train_vae(config, out, workers, seed, decoder_only=True)
 
-    `decoder_only` keeps the encoder and the statistics, so that a transformer trained on them stays valid.
-    """
-    device = workers.device
+
+def train_vae(config: Config, out: Path, workers: Workers, seed: int, decoder_only: bool = False) -> None:
+    """Train, resuming from `vae.safetensors` in `out`, and write it there (averaged weights, latent statistics)."""
+    device, stage, toy = workers.device, config.stage("decoder" if decoder_only else "vae"), config.toy
     torch.manual_seed(seed)
-    vae = build_vae(TOY if toy else FULL).to(device)
-    held = load_parts(out, "vae")
+    vae = build_vae(config.sizes).to(device)
+    held = load_stage(out, "vae", config.describe())
     done = 0
     if held is not None:
         vae.load_state_dict(strip("vae", held))
         done = int(held["step"])
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     workers.broadcast_module(vae)
     cuda = device.type == "cuda"
     model = ParallelVAE(vae, torch.bfloat16 if cuda else torch.float32, compiled=cuda)
-    clock = Clock(minutes, steps)
-    model.channels_last = cuda
-    bank = Bank(16 if toy else 800, 25 if toy else LONG + 20, (seed + 17 * workers.rank) * 1_000_000 + done, device)
-    frames, size = (9, 32) if toy else (49, 64)
-    log: list[str] = [f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M, bank {clock.elapsed():.1f} s"]
-    if decoder_only:
-        if held is None:
-            raise FileNotFoundError(f"no vae.part* in {out} whose encoder could be kept")
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
+    model.channels_last = True
+    clock = Clock(stage.minutes, stage.steps)
+    length = 25 if toy else LONG + 20
+    bank = Bank(stage.clips, length, (seed + 17 * workers.rank) * 1_000_000 + done, device)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
     average = Average(parameters, 0.998)
-    validation = (2, 9) if toy else (8, LONG)
-    spread = 0.1 * held["latents_std"].to(device).view(1, -1, 1, 1, 1) if held is not None else None
-    step, progress, last, saved = 0, 0.0, time.monotonic(), time.monotonic()
+    validation = (2, 9) if toy else (8 if cuda else 1, LONG)
+    kind = "decoder" if decoder_only else "vae"
+    workers.say(f"{kind}: {sum(p.numel() for p in parameters) / 1e6:.2f} M, {stage}, bank {clock.elapsed():.1f} s")
+    step, progress, saved = 0, 0.0, time.monotonic()
 
     def save() -> None:
         average.swap()
         score = validate(model, device, *validation)
-        mean, std = measure_latents(model, bank, 4 if toy else 12, 9 if toy else 81)
-        average.swap()
         if decoder_only and held is not None:
             mean, std = held["latents_mean"], held["latents_std"]
-        weights = dict(vae.named_parameters())
-        weights |= {name: shadow for (name, _), shadow in zip(named, average.shadow, strict=True)}
-        state = prefixed("vae", weights)
+        else:
+            mean, std = measure_latents(model, bank, 4 if toy or not cuda else 12, stage.frames)
+        state = prefixed("vae", dict(vae.named_parameters()))
         state |= {"latents_mean": mean, "latents_std": std, "step": torch.tensor(done + step)}
-        state["psnr"] = torch.tensor(score)
-        save_parts(out, "vae", state)
+        save_stage(out, "vae", state, config.describe())
+        average.swap()
+        record(out, "vae", step=done + step, seconds=clock.elapsed(), validation_psnr=score)
         print(f"vae step {done + step}: validation {score:.2f} dB over {validation[1]} frames", flush=True)
 
     while progress < 1.0:
-        if step % 10 == 0:
-            progress = workers.agree(clock.progress(step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(lr, step, progress)
-        # One step in eight sees whole frames: the middle attention must know 16x16 latents, not only 8x8.
-        # A third are longer than the decoder remembers: or it looks a colour up in the clip's first latent
-        # frame, the encoder leaves it out of the others, and the colour is lost once that frame is forgotten.
-        if step % 8 == 7 and not toy:
-            video = bank.crops(max(1, batch // 4), 33, 128)
-        elif (decoder_only or step % 3 == 2) and not toy:
-            video = bank.crops(max(1, batch * 5 // 8), LONG, 48)
-        else:
-            video = bank.crops(batch, frames, size)
+            group["lr"] = learning_rate(stage.lr, step, progress)
+        video, coarse = _batch(bank, stage.batch, step, toy)
         with torch.set_grad_enabled(not decoder_only):
             mean, logvar = model.moments(video)
         latents = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
-        if decoder_only and spread is not None:
-            # The transformer's latents are about this far from an encoder's.
-            latents = latents + torch.randn_like(mean) * torch.rand(len(mean), 1, 1, 1, 1, device=device) * spread
+        if coarse and not decoder_only:
+            # Latents at half the size must decode to the video at half the size: smooth latents, which a transformer
+            # learns sooner (EQ-VAE, arXiv 2502.09509).
+            video, latents = _half(video), _half(latents)
         loss = reconstruction_loss(video, model.decode(latents))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -191,27 +167,39 @@ def train_vae(
         optimizer.step()
         average.update()
         step += 1
-        if step in (1, 5, 20) or step % 200 == 0 or log:
+        if stage.steps or step % 10 == 0:
+            progress = workers.agree(clock.progress(step))
+        if step in (1, 5, 20, 60) or step % (200 if cuda else 50) == 0:
             value = float(loss.detach())
             if value != value:
-                raise RuntimeError(f"the VAE loss is not a number at step {step}")
-            if workers.main:
-                for line in log:
-                    print(line, flush=True)
-                rate = step / clock.elapsed()
-                print(
-                    f"vae step {done + step} loss {value:.4f} kl {float(kl.detach()):.2f}"
-                    f" lr {learning_rate(lr, step, progress):.1e} {rate:.2f} it/s {clock.elapsed():.0f} s,"
-                    f" peak {_peak():.1f} GiB",
-                    flush=True,
-                )
-            log.clear()
-            last = time.monotonic()
-        if workers.main and last - saved > 200:
+                raise TrainingError(f"the VAE loss is not a number at step {step}; lower the rate")
+            workers.say(
+                f"vae step {done + step} loss {value:.4f} kl {float(kl.detach()):.2f}"
+                f" {step / clock.elapsed():.2f} it/s {clock.elapsed():.0f} s, peak {_peak():.1f} GiB"
+            )
+        if workers.main and time.monotonic() - saved > (150 if cuda else 600):
             save()
             saved = time.monotonic()
     if workers.main:
         save()
+
+
+def _batch(bank: Bank, batch: int, step: int, toy: bool) -> tuple[torch.Tensor, bool]:
+    """Crops (B, 3, F, H, W) of the kind whose turn it is, and whether they are decoded at half the size."""
+    if toy:
+        return bank.crops(batch, 9, 32), step % 4 == 1
+    # One step in eight sees whole frames: the middle attention must know 16x16 latents, not only 8x8.
+    if step % 8 == 7:
+        return bank.crops(max(1, batch // 4), 33, 128), False
+    # A third are longer than the decoder remembers: or it looks a colour up in the clip's first latent frame, the
+    # encoder leaves it out of the others, and the colour is lost once that frame is forgotten.
+    if step % 3 == 2:
+        return bank.crops(max(1, batch * 5 // 8), LONG, 48), False
+    return bank.crops(batch, 49, 64), step % 4 == 1
+
+
+def _half(video: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool3d(video, (1, 2, 2))
 
 
 def _peak() -> float:

@@ -1,14 +1,15 @@
 """The procedural world: scenes drawn from a seed, rendered in batches to 128x128 clips.
 
-A scene is a textured background, a camera and one to three sprites, with at most one event. Sprites move
-in screen coordinates; the camera scrolls the background under them, except in the event "the camera pans
-away and returns", where the (still) sprites belong to the world and leave the view with it.
+A scene is a patterned background, a camera and one or two sprites, with at most one event. Sprites move in screen
+coordinates; the camera scrolls the background under them, except in the event "the camera pans away and returns",
+where the (still) sprites belong to the world and leave the view with it. The events are what a bounded memory of the
+past can get wrong.
 """
 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,38 +17,44 @@ import torch
 SIZE = 128
 FRAMES = 81
 
-SHAPES = ("circle", "square", "triangle", "star", "ring")
-COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
-MOTIONS = ("left", "right", "up", "down", "diagonally", "circles", "bounces", "still")
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLORS = ("red", "yellow", "green", "cyan", "blue", "purple", "white")
+SIZES = ("small", "large")
+TEXTURES = ("plain", "striped", "shaded")
+MOTIONS = ("left", "right", "up", "down", "circles", "bounces", "still")
 SPEEDS = ("slowly", "quickly")
-BACKGROUNDS = ("black", "gray", "navy", "maroon", "olive", "brown", "purple", "green")
-PATTERNS = ("plain", "gradient", "striped", "checkerboard", "dotted", "wavy")
+BACKGROUNDS = ("black", "gray", "navy", "maroon", "purple", "green")
+PATTERNS = ("plain", "gradient", "striped", "checkerboard")
 CAMERAS = ("static", "left", "right", "up", "down")
-EVENTS = ("return", "behind", "recolor", "pan_return")
+# return: leaves the frame and comes back the same. behind: one passes behind another. pan_return: the camera pans
+# away and returns to the same place. recolor: a colour changes and stays changed. turn: a motion changes direction.
+# twins: two of one shape and size cross each other's way and differ in colour alone.
+EVENTS = ("return", "behind", "pan_return", "recolor", "turn", "twins")
+# Events after which another prompt is true of the scene.
+SWITCHES = ("recolor", "turn")
 
 SPRITE_RGB = {
     "red": (0.92, 0.12, 0.14),
-    "orange": (1.00, 0.55, 0.05),
-    "yellow": (1.00, 0.93, 0.15),
+    "yellow": (1.00, 0.90, 0.12),
     "green": (0.15, 0.80, 0.25),
     "cyan": (0.15, 0.85, 0.95),
     "blue": (0.15, 0.30, 0.98),
-    "purple": (0.68, 0.22, 0.92),
+    "purple": (0.72, 0.22, 0.92),
     "white": (0.97, 0.97, 0.97),
 }
-# Backgrounds are darker than every sprite, so that "purple on navy" and "green on olive" stay readable.
+# Backgrounds are darker than every sprite, so that "purple on navy" and "green on green" stay readable.
 BACKGROUND_RGB = {
     "black": (0.03, 0.03, 0.03),
     "gray": (0.38, 0.38, 0.38),
     "navy": (0.04, 0.06, 0.28),
     "maroon": (0.32, 0.03, 0.08),
-    "olive": (0.32, 0.32, 0.05),
-    "brown": (0.36, 0.22, 0.10),
     "purple": (0.24, 0.07, 0.34),
     "green": (0.05, 0.28, 0.12),
 }
 VECTORS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+DARK = 0.62
+"""How much of its colour a sprite keeps in its dark stripes, and at the bottom of its shading."""
 
 # Never drawn for training, so that a score on them measures composition and not recall.
 HELD_OUT: tuple[tuple[str, str, str], ...] = tuple(
@@ -55,7 +62,7 @@ HELD_OUT: tuple[tuple[str, str, str], ...] = tuple(
     for s, shape in enumerate(SHAPES)
     for c, color in enumerate(COLORS)
     for m, motion in enumerate(MOTIONS)
-    if (s + 3 * c + 7 * m) % 10 == 0
+    if (s + 3 * c + 4 * m) % 9 == 0
 )
 _HELD_OUT = frozenset(HELD_OUT)
 
@@ -73,19 +80,19 @@ class Sprite:
     shape: str
     color: str
     size: str
+    texture: str
     motion: str
     speed: str
     radius: float
     center: tuple[float, float]
     rate: float
-    heading: tuple[float, float] = (0.0, 0.0)
     orbit: float = 0.0
     phase: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a clip shows."""
+    """Everything a clip shows. `event_frame` is where a colour or a direction changes (SWITCHES)."""
 
     pattern: str
     background: str
@@ -94,8 +101,9 @@ class Scene:
     event: str | None = None
     event_side: str = "left"
     event_color: str = ""
+    event_motion: str = ""
     event_start: float = 14.0
-    period: float = 28.0
+    event_frame: int = 0
     offset: tuple[float, float] = (0.0, 0.0)
     pan_rate: float = 0.0
     seed: int = field(default=0, compare=False)
@@ -104,14 +112,22 @@ class Scene:
         """Plain data, for JSON."""
         return asdict(self)
 
+    def before(self) -> "Scene":
+        """The scene that a prompt describes which knows nothing of the change to come."""
+        return replace(self, event=None) if self.event in SWITCHES else self
+
+    def after(self) -> "Scene":
+        """The scene that a prompt describes once the change has happened."""
+        if self.event not in SWITCHES:
+            return self
+        new = {"color": self.event_color} if self.event == "recolor" else {"motion": self.event_motion}
+        return replace(self, event=None, sprites=(replace(self.sprites[0], **new), *self.sprites[1:]))
+
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether any sprite (before or after a change of colour) is a held-out combination."""
-    for index, sprite in enumerate(scene.sprites):
-        colors = [sprite.color] + ([scene.event_color] if scene.event == "recolor" and index == 0 else [])
-        if any((sprite.shape, color, sprite.motion) in _HELD_OUT for color in colors):
-            return True
-    return False
+    """Whether any sprite, before or after a change, is a held-out combination."""
+    sprites = (*scene.sprites, *scene.after().sprites)
+    return any((sprite.shape, sprite.color, sprite.motion) in _HELD_OUT for sprite in sprites)
 
 
 def make_sprite(
@@ -122,68 +138,74 @@ def make_sprite(
     size: str,
     speed: str,
     center: tuple[float, float],
-    frames: int = FRAMES,
+    texture: str = "plain",
 ) -> Sprite:
     """A sprite whose path over the standard 81 frames is centred on `center`."""
-    radius = rng.uniform(10.0, 13.0) if size == "small" else rng.uniform(19.0, 24.0)
-    rate, heading, orbit, phase = 0.0, (0.0, 0.0), 0.0, 0.0
-    if motion in VECTORS or motion == "diagonally":
-        rate = rng.uniform(0.35, 0.55) if speed == "slowly" else rng.uniform(0.9, 1.2)
-        if motion == "diagonally":
-            heading = (rng.choice((-1.0, 1.0)) * math.sqrt(0.5), rng.choice((-1.0, 1.0)) * math.sqrt(0.5))
-        else:
-            heading = VECTORS[motion]
+    radius = rng.uniform(13.5, 15.0) if size == "small" else rng.uniform(21.0, 24.0)
+    rate, orbit, phase = 0.0, 0.0, 0.0
+    if motion in VECTORS:
+        rate = rng.uniform(0.40, 0.52) if speed == "slowly" else rng.uniform(0.95, 1.15)
     elif motion == "circles":
-        rate = rng.uniform(0.011, 0.014) if speed == "slowly" else rng.uniform(0.024, 0.030)
-        orbit, phase = rng.uniform(20.0, 30.0), rng.uniform(0.0, 1.0)
+        rate = rng.uniform(0.011, 0.013) if speed == "slowly" else rng.uniform(0.024, 0.028)
+        orbit, phase = rng.uniform(22.0, 28.0), rng.uniform(0.0, 1.0)
     elif motion == "bounces":
-        rate = rng.uniform(0.021, 0.026) if speed == "slowly" else rng.uniform(0.042, 0.052)
-        orbit, phase = rng.uniform(34.0, 46.0), rng.uniform(0.0, 1.0)
-    return Sprite(shape, color, size, motion, speed, radius, center, rate, heading, orbit, phase)
+        rate = rng.uniform(0.021, 0.025) if speed == "slowly" else rng.uniform(0.042, 0.050)
+        orbit, phase = rng.uniform(36.0, 44.0), rng.uniform(0.0, 1.0)
+    return Sprite(shape, color, size, texture, motion, speed, radius, center, rate, orbit, phase)
 
 
 def _place(rng: random.Random, count: int) -> list[tuple[float, float]]:
     """Path centres that keep their distance."""
     if count == 1:
         return [(rng.uniform(46, 82), rng.uniform(46, 82))]
-    gap = 56.0 if count == 2 else 46.0
     while True:
-        centers = [(rng.uniform(26, 102), rng.uniform(26, 102)) for _ in range(count)]
-        if all(math.dist(a, b) >= gap for i, a in enumerate(centers) for b in centers[:i]):
+        centers = [(rng.uniform(28, 100), rng.uniform(28, 100)) for _ in range(count)]
+        if math.dist(*centers) >= 56.0:
             return centers
 
 
-def _draw(rng: random.Random, seed: int) -> Scene:
-    background = rng.choice(BACKGROUNDS)
-    pattern = rng.choice(PATTERNS)
-    colors = [color for color in COLORS if color != background]
-    count = rng.choices((1, 2, 3), (0.55, 0.32, 0.13))[0]
-    event = rng.choice(EVENTS) if rng.random() < 0.4 else None
-    if event == "behind":
-        count = max(count, 2)
-    picked = rng.sample(colors, count + 1)
+def _texture(rng: random.Random) -> str:
+    return rng.choices(TEXTURES, (0.6, 0.2, 0.2))[0]
+
+
+def _draw(rng: random.Random, seed: int, events: Sequence[str | None]) -> Scene:
+    background, pattern = rng.choice(BACKGROUNDS), rng.choice(PATTERNS)
+    event = rng.choice(events)
+    count = 2 if event in ("behind", "twins") else rng.choices((1, 2), (0.6, 0.4))[0]
+    picked = rng.sample([color for color in COLORS if color != background], count + 1)
     centers = _place(rng, count)
     # The four straight directions are drawn twice as often: they are what a user asks for first.
-    weights = (2, 2, 2, 2, 1, 1, 1, 1)
+    weights = (2, 2, 2, 2, 1, 1, 1)
     sprites = []
     for index in range(count):
         motion = rng.choices(MOTIONS, weights)[0]
-        # Three large sprites fill the frame; small ones keep all of them visible.
-        size = "large" if rng.random() < (0.55, 0.5, 0.25)[count - 1] else "small"
-        if event == "pan_return" or (event == "return" and index == 0) or (event == "behind" and index == 1):
+        size, speed, shape, texture = rng.choice(SIZES), rng.choice(SPEEDS), rng.choice(SHAPES), _texture(rng)
+        if event == "pan_return" or (event == "return" and index == 0):
             motion = "still"
-        if event == "behind" and index == 0:
-            motion, size = rng.choice(("left", "right")), "small"
-        if event == "behind" and index == 1:
-            size = "large"
-        # An occlusion must happen inside the clip.
-        speed = "quickly" if event == "behind" and index == 0 else rng.choice(SPEEDS)
-        sprites.append(make_sprite(rng, rng.choice(SHAPES), picked[index], motion, size, speed, centers[index]))
+        elif event == "turn" and index == 0:
+            motion = rng.choice(tuple(VECTORS))
+        elif event == "behind":
+            # What passes is smaller than what hides it, and quick enough to come out again.
+            motion, size, speed = (
+                (rng.choice(("left", "right")), "small", "quickly") if index == 0 else ("still", "large", speed)
+            )
+            shape = rng.choice(SHAPES[:4]) if index == 1 else shape
+        elif event == "twins":
+            size, motion = "small", ("left", "right")[index]
+            shape, speed, texture = (
+                (shape, speed, texture) if index == 0 else (sprites[0].shape, sprites[0].speed, sprites[0].texture)
+            )
+        sprites.append(make_sprite(rng, shape, picked[index], motion, size, speed, centers[index], texture))
     if event == "behind":
         spot = (rng.uniform(52, 76), rng.uniform(40, 88))
-        sprites[0] = Sprite(**{**vars(sprites[0]), "center": (spot[0], spot[1] + rng.uniform(-5, 5))})
-        sprites[1] = Sprite(**{**vars(sprites[1]), "center": spot, "shape": rng.choice(SHAPES[:4])})
-    camera = rng.choice(CAMERAS) if rng.random() < 0.6 and event != "pan_return" else "static"
+        sprites[0] = replace(sprites[0], center=(spot[0], spot[1] + rng.uniform(-5, 5)))
+        sprites[1] = replace(sprites[1], center=spot)
+    elif event == "twins":
+        x, y, gap = rng.uniform(56, 72), rng.uniform(50, 78), rng.choice((-1, 1)) * rng.uniform(9, 14)
+        sprites = [replace(sprites[0], center=(x, y - gap)), replace(sprites[1], center=(x, y + gap))]
+        rng.shuffle(sprites)
+    camera = rng.choice(CAMERAS[1:]) if rng.random() < 0.4 and event != "pan_return" else "static"
+    turns = [side for side in VECTORS if side not in (sprites[0].motion, OPPOSITE.get(sprites[0].motion))]
     return Scene(
         pattern=pattern,
         background=background,
@@ -192,19 +214,20 @@ def _draw(rng: random.Random, seed: int) -> Scene:
         event=event,
         event_side=rng.choice(("left", "right") if event == "return" else tuple(VECTORS)),
         event_color=picked[count] if event == "recolor" else "",
+        event_motion=rng.choice(turns) if event == "turn" else "",
         event_start=rng.uniform(10.0, 18.0),
-        period=rng.uniform(24.0, 34.0),
-        offset=(rng.uniform(0, 200), rng.uniform(0, 200)),
-        pan_rate=rng.uniform(0.5, 0.8) if camera != "static" else 0.0,
+        event_frame=4 * rng.randrange(9, 13) - 3 if event in SWITCHES else 0,
+        offset=(rng.choice((0.0, 16.0)), rng.choice((0.0, 16.0))),
+        pan_rate=rng.uniform(0.5, 0.7) if camera != "static" else 0.0,
         seed=seed,
     )
 
 
-def draw_scene(seed: int) -> Scene:
-    """A training scene; never a held-out combination."""
+def draw_scene(seed: int, events: Sequence[str | None] = (*EVENTS, *(None,) * len(EVENTS))) -> Scene:
+    """A scene of one of `events` (None: nothing happens); never a held-out combination."""
     rng = random.Random(seed)
     while True:
-        scene = _draw(rng, seed)
+        scene = _draw(rng, seed, events)
         if not is_held_out(scene):
             return scene
 
@@ -217,21 +240,11 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     for index in range(count):
         shape, color, motion = triples[index % len(triples)]
         background = rng.choice([name for name in BACKGROUNDS if name != color])
-        # Quick enough to be told from drift, over a static camera, so that the direction is the sprite's own.
-        sprite = make_sprite(
-            rng, shape, color, motion, rng.choice(("small", "large")), rng.choice(SPEEDS), _place(rng, 1)[0]
-        )
-        scenes.append(
-            Scene(
-                rng.choice(PATTERNS),
-                background,
-                "static",
-                (sprite,),
-                period=rng.uniform(24.0, 34.0),
-                offset=(rng.uniform(0, 200), rng.uniform(0, 200)),
-                seed=index,
-            )
-        )
+        size, speed, texture = rng.choice(SIZES), rng.choice(SPEEDS), _texture(rng)
+        sprite = make_sprite(rng, shape, color, motion, size, speed, _place(rng, 1)[0], texture)
+        # A static camera, so that the direction is the sprite's own.
+        offset = (rng.choice((0.0, 16.0)), rng.choice((0.0, 16.0)))
+        scenes.append(Scene(rng.choice(PATTERNS), background, "static", (sprite,), offset=offset, seed=index))
     return scenes
 
 
@@ -259,8 +272,13 @@ def sprite_path(scene: Scene, index: int, frames: int) -> np.ndarray:
     sprite = scene.sprites[index]
     time = np.arange(frames, dtype=np.float64)
     path = np.tile(np.asarray(sprite.center, dtype=np.float64), (frames, 1))
-    if sprite.motion in VECTORS or sprite.motion == "diagonally":
-        path += np.outer((time - (FRAMES - 1) / 2) * sprite.rate, np.asarray(sprite.heading))
+    if sprite.motion in VECTORS:
+        heading = np.tile(np.asarray(VECTORS[sprite.motion]), (frames, 1))
+        middle = (FRAMES - 1) / 2
+        if scene.event == "turn" and index == 0:
+            middle = float(scene.event_frame)
+            heading[time >= middle] = VECTORS[scene.event_motion]
+        path += ((time - middle) * sprite.rate)[:, None] * heading
         # A clip longer than the standard one meets the sprite again on the other side.
         span = SIZE + 2 * sprite.radius
         path = np.mod(path + sprite.radius, span) - sprite.radius
@@ -285,28 +303,29 @@ def sprite_colors(scene: Scene, index: int, frames: int) -> np.ndarray:
     colors = np.tile(np.asarray(SPRITE_RGB[scene.sprites[index].color]), (frames, 1))
     if scene.event == "recolor" and index == 0:
         # Four frames of blend: one latent frame, so that the change is sharp yet encodable.
-        mix = np.clip((np.arange(frames) - 38.0) / 4.0, 0.0, 1.0)[:, None]
+        mix = np.clip((np.arange(frames) - scene.event_frame + 1) / 4.0, 0.0, 1.0)[:, None]
         colors = colors * (1 - mix) + np.asarray(SPRITE_RGB[scene.event_color]) * mix
     return colors
 
 
-def _square_wave(position: torch.Tensor, period: torch.Tensor, edge: float = 1.4) -> torch.Tensor:
+def draw_order(scene: Scene) -> list[int]:
+    """Sprites from the back to the front: large ones behind small ones, except where one passes behind another."""
+    order = list(range(len(scene.sprites)))
+    return order if scene.event == "behind" else sorted(order, key=lambda i: scene.sprites[i].size != "large")
+
+
+def _square_wave(position: torch.Tensor, period: float, edge: float = 1.4) -> torch.Tensor:
     slope = period / (2 * math.pi * edge)
     return (0.5 + torch.sin(position * (2 * math.pi) / period) * slope).clamp(0, 1)
 
 
-def _pattern(name: str, u: torch.Tensor, v: torch.Tensor, period: torch.Tensor) -> torch.Tensor:
-    """Weight of the lighter shade, 0..1; `u`, `v` world pixels (B, F, H, W), `period` (B, 1, 1, 1)."""
+def _pattern(name: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Weight of the lighter shade, 0..1; `u`, `v` world pixels (B, F, H, W). Periods are whole latent tokens."""
     if name == "striped":
-        return _square_wave((u + v) * math.sqrt(0.5), period)
+        return _square_wave(u + v, 32.0)
     if name == "checkerboard":
-        a, b = _square_wave(u, period * 1.4), _square_wave(v, period * 1.4)
+        a, b = _square_wave(u, 64.0), _square_wave(v, 64.0)
         return a + b - 2 * a * b
-    if name == "dotted":
-        du, dv = torch.remainder(u, period) - period / 2, torch.remainder(v, period) - period / 2
-        return (0.5 + (0.27 * period - torch.sqrt(du * du + dv * dv)) / 1.2).clamp(0, 1)
-    if name == "wavy":
-        return _square_wave(v + 0.25 * period * torch.sin(u * (2 * math.pi / 1.8) / period), period)
     if name == "gradient":
         return 0.5 + 0.5 * torch.cos((0.6 * u + 0.8 * v) * (2 * math.pi / 200.0))
     return torch.zeros_like(u + v)
@@ -323,19 +342,20 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> 
     if shape == "triangle":
         k = math.sqrt(3.0) / 2
         return torch.maximum(y - 0.62 * r, k * x.abs() - 0.5 * y - 0.58 * r)
-    if shape == "star":
-        # Five points: fold the plane into one tenth, then the distance to that point's edge line.
-        angle = torch.atan2(x, -y)
-        sector = 2 * math.pi / 5
-        folded = (torch.remainder(angle + sector / 2, sector) - sector / 2).abs()
-        length = torch.sqrt(x * x + y * y)
-        px, py = length * torch.sin(folded), length * torch.cos(folded)
-        outer, inner = 1.22 * r, 0.56 * r
-        ix, iy = inner * math.sin(sector / 2), inner * math.cos(sector / 2)
-        ex, ey = ix, iy - outer
-        norm = torch.sqrt(ex * ex + ey * ey)
-        return (-ey * px + ex * (py - outer)) / norm
+    if shape == "cross":
+        a, b = x.abs(), y.abs()
+        across = torch.maximum(a - 1.06 * r, b - 0.36 * r)
+        return torch.minimum(across, torch.maximum(a - 0.36 * r, b - 1.06 * r))
     raise ValueError(f"unknown shape {shape!r}")
+
+
+def _texture_weight(texture: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """How much of its colour a sprite shows, DARK..1."""
+    if texture == "striped":
+        return DARK + (1 - DARK) * _square_wave(y + 4.0, 16.0)
+    if texture == "shaded":
+        return 1.0 - (1 - DARK) * (0.5 + 0.5 * y / r).clamp(0, 1)
+    return torch.ones_like(x)
 
 
 def render(
@@ -351,7 +371,6 @@ def render(
         return torch.as_tensor(np.asarray(data, dtype=np.float32)).to(device)
 
     camera = tensor([camera_path(scene, frames) + np.asarray(scene.offset) for scene in scenes])
-    period = tensor([scene.period for scene in scenes]).view(-1, 1, 1, 1)
     base = tensor([BACKGROUND_RGB[scene.background] for scene in scenes]).view(count, 1, 3, 1, 1)
     light = tensor([second_shade(BACKGROUND_RGB[scene.background]) for scene in scenes]).view(count, 1, 3, 1, 1)
     weight = torch.zeros(count, frames, size, size, device=device)
@@ -361,23 +380,23 @@ def render(
             index = torch.as_tensor(rows, device=device)
             u = gx + camera[index, :, 0].view(-1, frames, 1, 1)
             v = gy + camera[index, :, 1].view(-1, frames, 1, 1)
-            weight[index] = _pattern(name, u, v, period[index])
+            weight[index] = _pattern(name, u, v)
     image = base + (light - base) * weight.unsqueeze(2)
 
-    # In "passes behind", sprite 0 is drawn first; elsewhere the order is the scene's own.
-    for slot in range(max(len(scene.sprites) for scene in scenes)):
-        for shape in SHAPES:
-            rows = [
-                i for i, scene in enumerate(scenes) if slot < len(scene.sprites) and scene.sprites[slot].shape == shape
-            ]
-            if not rows:
-                continue
-            index = torch.as_tensor(rows, device=device)
-            path = tensor([sprite_path(scenes[i], slot, frames) for i in rows])
-            color = tensor([sprite_colors(scenes[i], slot, frames) for i in rows]).view(len(rows), frames, 3, 1, 1)
-            radius = tensor([scenes[i].sprites[slot].radius for i in rows]).view(-1, 1, 1, 1)
-            x = gx - path[..., 0].view(len(rows), frames, 1, 1)
-            y = gy - path[..., 1].view(len(rows), frames, 1, 1)
+    for layer in range(2):
+        looks: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for i, scene in enumerate(scenes):
+            if layer < len(scene.sprites):
+                slot = draw_order(scene)[layer]
+                looks.setdefault((scene.sprites[slot].shape, scene.sprites[slot].texture), []).append((i, slot))
+        for (shape, texture), members in looks.items():
+            index = torch.as_tensor([i for i, _ in members], device=device)
+            path = tensor([sprite_path(scenes[i], slot, frames) for i, slot in members])
+            color = tensor([sprite_colors(scenes[i], slot, frames) for i, slot in members])
+            radius = tensor([scenes[i].sprites[slot].radius for i, slot in members]).view(-1, 1, 1, 1)
+            x = gx - path[..., 0].view(-1, frames, 1, 1)
+            y = gy - path[..., 1].view(-1, frames, 1, 1)
             cover = (0.5 - _distance(shape, x, y, radius) / 1.2).clamp(0, 1).unsqueeze(2)
-            image[index] += cover * (color - image[index])
+            shade = _texture_weight(texture, x, y, radius).unsqueeze(2)
+            image[index] += cover * (shade * color[..., None, None] - image[index])
     return (image.clamp(0, 1) * 255).round_().to(torch.uint8)
