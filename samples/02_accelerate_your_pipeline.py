@@ -16,7 +16,7 @@ pipe = WanPipeline.from_pretrained(bundled_model())  # any Wan checkpoint in dif
 def generate() -> np.ndarray:
     generator = torch.Generator().manual_seed(1)
     size = {"height": 128, "width": 128, "num_frames": frames}
-    return pipe("a small blue star moves right over black", generator=generator, num_inference_steps=8, **size).frames
+    return pipe("a small blue cross moves right over black", generator=generator, num_inference_steps=8, **size).frames
 
 
 before = generate()

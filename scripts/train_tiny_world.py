@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 scripts/train_tiny_world.py all --out runs/tw --to runs/tw/tiny-world
 
-One stage alone: `vae`, `flow`, `few_step`, `decoder` (goes on with the VAE's decoder alone), `export`, in this order
-and with the same --out. `sheet` draws a contact sheet of the world there. On one GPU start it with
-`python` and double --minutes. Without a GPU it runs at a small batch and says so. Settings: scripts/tiny_world/configs.
+Single stages: `vae`, `flow`, `few_step`, then `export`, in this order, with the same --out; `sheet` draws the world
+there. On one GPU start it with `python` and double --minutes. Without a GPU it runs at a small batch and says so.
+Settings: scripts/tiny_world/configs.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from tiny_world.parallel import Workers
 from tiny_world.preview import write_world
 from tiny_world.train_few_step import train_few_step
 from tiny_world.train_flow import train_flow
-from tiny_world.train_vae import train_decoder, train_vae
+from tiny_world.train_vae import train_vae
 
-TRAINERS = {"vae": train_vae, "flow": train_flow, "few_step": train_few_step, "decoder": train_decoder}
+TRAINERS = {"vae": train_vae, "flow": train_flow, "few_step": train_few_step}
 
 
 def main() -> None:

@@ -175,16 +175,9 @@ def test_the_trainer_runs_resumes_and_exports_what_the_pipeline_loads(tmp_path):
     assert "flow step 1 " not in again  # it went on from what the first run left
     assert "validation, later blocks" in again
     stage("few_step", "--steps", 2)
-    kept = load_stage(tmp_path, "vae", load_config("toy").describe())
-    stage("decoder", "--steps", 2)
-    after = load_stage(tmp_path, "vae", load_config("toy").describe())
-    changed = {name for name in kept if not torch.equal(kept[name], after[name])}
-    assert any("decoder" in name for name in changed)
-    frozen = ("vae.encoder.", "vae.quant_conv.", "latents_")
-    assert not [name for name in changed if name.startswith(frozen)]
     assert "model-few-step" in stage("export", "--to", tmp_path / "model")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["vae", "flow", "flow", "few_step", "decoder"]
+    assert [line["stage"] for line in lines] == ["vae", "flow", "flow", "few_step"]
     assert sorted(path.suffix for path in tmp_path.glob("f*-*.png")) == [".png"] * 3
     size = {"num_frames": 5, "height": 32, "width": 32}
     for name, steps in (("model", 1), ("model-few-step", 4)):

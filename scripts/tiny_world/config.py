@@ -8,7 +8,7 @@ from .checkpoint import TrainingError
 from .models import Sizes
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES = ("vae", "flow", "few_step", "decoder")
+STAGES = ("vae", "flow", "few_step")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from .checkpoint import (
     TrainingError,
     learning_rate,
     load_stage,
-    need_stage,
     prefixed,
     record,
     save_stage,
@@ -23,7 +22,7 @@ from .config import Config
 from .models import build_vae
 from .parallel import Workers
 from .parallel_vae import ParallelVAE
-from .world import draw_scene, render, sprite_path
+from .world import draw_scene, render
 
 VALIDATION_SEED = 900_000_000
 # Frames of the long crops: more than the decoder's temporal receptive field of 117.
@@ -56,22 +55,16 @@ class Bank:
 
     def __init__(self, count: int, frames: int, seed: int, device: torch.device) -> None:
         self.rng = random.Random(seed)
-        self.scenes = [draw_scene(seed + i) for i in range(count)]
-        chunks = [render(self.scenes[start : start + 32], frames, device) for start in range(0, count, 32)]
-        self.clips = torch.cat(chunks)
+        scenes = [draw_scene(seed + i) for i in range(count)]
+        self.clips = torch.cat([render(scenes[start : start + 32], frames, device) for start in range(0, count, 32)])
 
     def crops(self, batch: int, frames: int, size: int) -> torch.Tensor:
-        """(batch, 3, frames, size, size) in -1..1; every other crop is laid around a sprite."""
+        """(batch, 3, frames, size, size) in -1..1."""
         count, total, _, height, width = self.clips.shape
         out = []
-        for row in range(batch):
+        for _ in range(batch):
             i, t = self.rng.randrange(count), self.rng.randrange(total - frames + 1)
             y, x = self.rng.randrange(height - size + 1), self.rng.randrange(width - size + 1)
-            if row % 2:
-                sprite = self.rng.randrange(len(self.scenes[i].sprites))
-                where = sprite_path(self.scenes[i], sprite, total)[t + self.rng.randrange(frames)]
-                corner = [round(float(at)) - size // 2 + self.rng.randint(-8, 8) for at in where]
-                x, y = min(max(corner[0], 0), width - size), min(max(corner[1], 0), height - size)
             out.append(self.clips[i, t : t + frames, :, y : y + size, x : x + size])
         return to_signed(torch.stack(out))
 
@@ -99,15 +92,9 @@ def measure_latents(model: ParallelVAE, bank: Bank, batches: int, frames: int) -
     return values.mean(1), values.std(1)
 
 
-def train_decoder(config: Config, out: Path, workers: Workers, seed: int) -> None:
-    """Go on with the decoder of `vae.safetensors` alone; a transformer trained on its latents stays valid."""
-    need_stage(out, "vae", config.describe())
-    train_vae(config, out, workers, seed, decoder_only=True)
-
-
-def train_vae(config: Config, out: Path, workers: Workers, seed: int, decoder_only: bool = False) -> None:
+def train_vae(config: Config, out: Path, workers: Workers, seed: int) -> None:
     """Train, resuming from `vae.safetensors` in `out`, and write it there (averaged weights, latent statistics)."""
-    device, stage, toy = workers.device, config.stage("decoder" if decoder_only else "vae"), config.toy
+    device, stage, toy = workers.device, config.stage("vae"), config.toy
     torch.manual_seed(seed)
     vae = build_vae(config.sizes).to(device)
     held = load_stage(out, "vae", config.describe())
@@ -115,9 +102,6 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int, decoder_on
     if held is not None:
         vae.load_state_dict(strip("vae", held))
         done = int(held["step"])
-    if decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     workers.broadcast_module(vae)
     cuda = device.type == "cuda"
     model = ParallelVAE(vae, torch.bfloat16 if cuda else torch.float32, compiled=cuda)
@@ -125,21 +109,17 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int, decoder_on
     clock = Clock(stage.minutes, stage.steps)
     length = 25 if toy else LONG + 20
     bank = Bank(stage.clips, length, (seed + 17 * workers.rank) * 1_000_000 + done, device)
-    parameters = [p for p in vae.parameters() if p.requires_grad]
+    parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
     average = Average(parameters, 0.998)
     validation = (2, 9) if toy else (8 if cuda else 1, LONG)
-    kind = "decoder" if decoder_only else "vae"
-    workers.say(f"{kind}: {sum(p.numel() for p in parameters) / 1e6:.2f} M, {stage}, bank {clock.elapsed():.1f} s")
+    workers.say(f"vae: {sum(p.numel() for p in parameters) / 1e6:.2f} M, {stage}, bank {clock.elapsed():.1f} s")
     step, progress, saved = 0, 0.0, time.monotonic()
 
     def save() -> None:
         average.swap()
         score = validate(model, device, *validation)
-        if decoder_only and held is not None:
-            mean, std = held["latents_mean"], held["latents_std"]
-        else:
-            mean, std = measure_latents(model, bank, 4 if toy or not cuda else 12, stage.frames)
+        mean, std = measure_latents(model, bank, 4 if toy or not cuda else 12, stage.frames)
         state = prefixed("vae", dict(vae.named_parameters()))
         state |= {"latents_mean": mean, "latents_std": std, "step": torch.tensor(done + step)}
         save_stage(out, "vae", state, config.describe())
@@ -151,10 +131,9 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int, decoder_on
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage.lr, step, progress)
         video, coarse = _batch(bank, stage.batch, step, toy)
-        with torch.set_grad_enabled(not decoder_only):
-            mean, logvar = model.moments(video)
+        mean, logvar = model.moments(video)
         latents = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
-        if coarse and not decoder_only:
+        if coarse:
             # Latents at half the size must decode to the video at half the size: smooth latents, which a transformer
             # learns sooner (EQ-VAE, arXiv 2502.09509).
             video, latents = _half(video), _half(latents)
