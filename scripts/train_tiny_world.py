@@ -68,7 +68,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
         if args.stage in ("export", "all") and workers.main:
             export(config, args.out, args.to)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         sys.exit(f"train_tiny_world: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"train_tiny_world: {str(error).splitlines()[0]}; use a smaller --batch or fewer --clips")

@@ -297,4 +297,4 @@ def shifted(uniform: torch.Tensor, shift: float) -> torch.Tensor:
 
 def latent_frames(count: int) -> int:
     """Latent frames of a clip of `count` frames."""
-    return (count - 1 + 3) // 4 + 1
+    return (count + 2) // 4 + 1

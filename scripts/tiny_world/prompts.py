@@ -193,7 +193,7 @@ def _camera(scene: Scene, rng: random.Random) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """One wording of a scene, 9 to 60 words."""
+    """One wording of a scene, 10 to 45 words."""
     clauses, background, camera = _clauses(scene, rng), _background(scene, rng), _camera(scene, rng)
     rng.shuffle(clauses)
     joint = rng.choice((" and ", ", ", " while ", ". "))
