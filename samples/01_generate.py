@@ -14,7 +14,7 @@ pipe = CausalWanPipeline.from_pretrained(bundled_model())
 accel = Accel(cache=TempCache(), reuse=FlashBlock(refresh=3), prompt=PadCollapse())
 with accel(pipe) as run:
     video = pipe(
-        "a large red circle moves left over a green checkerboard",
+        "a large red circle moves left over a teal checkerboard",
         height=128,
         width=128,
         num_frames=frames,

@@ -21,7 +21,7 @@ from diffaccel.pipelines.presets import PRESETS
 from diffaccel.report import Report
 
 PROMPTS = [
-    "a large red circle moves left over a green checkerboard",
+    "a large red circle moves left over a teal checkerboard",
     "a small blue ring bounces over a striped navy background. the camera pans right",
 ]
 SETTINGS = {

@@ -18,9 +18,9 @@ from tiny_world.metrics import judge, read
 from tiny_world.world import SPRITE_RGB, Scene, Sprite
 
 WORDS = (
-    "circle square triangle cross ring red yellow green cyan blue purple white small large striped shaded moves left "
-    "right up down circles bounces stays still slowly quickly leaves comes back passes behind turns black gray navy "
-    "maroon plain gradient checkerboard the camera is static pans a over"
+    "circle square triangle cross ring red yellow green cyan blue purple white small large banded striped shaded moves "
+    "left right up down circles bounces stays still slowly quickly leaves comes back passes behind turns black gray "
+    "navy maroon plain gradient checkerboard the camera is static pans a over"
 )
 
 

@@ -85,14 +85,14 @@ def test_each_score_fails_on_its_own(held_out, name):
     for scene in held_out[0][:6]:
         sprite = scene.sprites[0]
         x, y = sprite.center
-        second = replace(sprite, center=(x - 30, y) if sprite.motion in ("up", "down") else (x, y - 34), radius=13.5)
+        second = replace(sprite, center=(x - 36, y) if sprite.motion in ("up", "down") else (x, y - 36), radius=15.5)
         other = {
             "color": changed(scene, color=unused_color(scene)),
             "shape": changed(scene, shape=next_of(SHAPES, sprite.shape)),
-            "count": replace(changed(scene, radius=13.5), sprites=(replace(sprite, radius=13.5), second)),
+            "count": replace(changed(scene, radius=15.5), sprites=(replace(sprite, radius=15.5), second)),
             "direction": changed(scene, motion=OPPOSITE[sprite.motion]),
             "speed": changed(scene, rate=0.45 if sprite.speed == "quickly" else 1.05),
-            "size": changed(scene, radius=14.0 if sprite.size == "large" else 22.5),
+            "size": changed(scene, radius=16.0 if sprite.size == "large" else 24.5),
             "background": replace(scene, pattern=next_of(PATTERNS, scene.pattern)),
         }[name]
         scores = judge(read(rendered(other)), scene)
@@ -141,7 +141,7 @@ def test_what_comes_back_changed_did_not_return(memory, event, damage):
         x, y = sprite.center
         other = {
             "another colour": {"color": unused_color(scene)},
-            "another size": {"radius": 14.0 if sprite.size == "large" else 22.5},
+            "another size": {"radius": 16.0 if sprite.size == "large" else 24.5},
             "another shape": {"shape": next_of(SHAPES, sprite.shape)},
             "another place": {"center": (x + 12 if x < 64 else x - 12, y)},
             "not at all": {"center": (-500.0, y)},

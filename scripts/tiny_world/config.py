@@ -15,7 +15,7 @@ STAGES = ("vae", "flow", "few_step")
 class Stage:
     """Budget and batch of a stage; `batch` and clips count per process, `frames` are pixel frames of a clip.
 
-    `lr` is the peak rate: of AdamW for the VAE, of Muon for the transformer, whose other parameters take `adam_lr`.
+    `lr` is the peak rate of Muon, which trains the matrices; AdamW trains everything else at `adam_lr`.
     """
 
     minutes: float

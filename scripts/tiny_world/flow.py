@@ -56,7 +56,9 @@ def teacher_forcing(frames: int, first: int) -> Layout:
     nothing = torch.zeros(frames, frames, dtype=torch.bool)
     allowed = torch.cat([torch.cat([k <= q, nothing], 1), torch.cat([k < q, k == q], 1)], 0)
     ends = torch.tensor([int((blocks == block).nonzero().max()) for block in blocks])
-    weight = torch.cat([torch.zeros(frames), 2 * torch.ones(frames)])
+    # All later blocks take their looks from the first one, which alone has nothing to copy from.
+    noisy = torch.where(blocks == 0, 3.0, 1.0)
+    weight = torch.cat([torch.zeros(frames), 2 * noisy / noisy.mean()])
     count = int(blocks.max()) + 1
     both = torch.cat([blocks, blocks])
     return Layout(f"causal{first}", True, first, count, allowed, both, torch.cat([ends, ends + frames]), weight)

@@ -33,14 +33,14 @@ from .world import (
 )
 
 MIN_AREA, MAX_AREA = 100, 4000
-"""Pixels of a colour that make a sprite (drawn: 460 to 1870)."""
+"""Pixels of a colour that make a sprite (drawn: 440 to 2180)."""
 MIN_OVERLAP, MAX_EDGE = 0.65, 4.5
 """A shape counts as drawn from that overlap with its template on, with no wider an edge in pixels. Truth has 0.87 and
 0.6; a Gaussian blur of 1.5 pixels passes and one of 5 fails."""
 MIN_SPEED, SPEED_BORDER, MAX_SPEED = 0.15, 0.70, 1.80
 """Pixels per frame: still below the first, slow to the second, quick to the third (drawn: 0.40-0.52, 0.95-1.15)."""
-MIN_RADIUS, SIZE_BORDER, MAX_RADIUS = 10.0, 17.8, 30.0
-"""Pixels: small between the first two, large between the last two (drawn: 13.5-15, 21-24)."""
+MIN_RADIUS, SIZE_BORDER, MAX_RADIUS = 11.5, 19.8, 33.0
+"""Pixels: small between the first two, large between the last two (drawn: 15.5-17, 23-26)."""
 MAX_BACKGROUND_ERROR = 0.05
 """Root mean square error of a background, of 0..1; two patterns of one colour differ by 0.04 to 0.09."""
 SAME_VIEW_DB = 25.0

@@ -16,10 +16,10 @@ from .world import EVENTS, draw_scene, render
 COLUMNS = 7
 
 PROMPTS = (
-    "a large red circle moves left over a green checkerboard",
+    "a large red circle moves left over a teal checkerboard",
     "a small yellow triangle moves up quickly over a plain navy background",
-    "a large striped white cross stays still on a striped maroon background. the camera pans right",
-    "a small cyan ring leaves on the left and comes back over a purple gradient",
+    "a large banded white cross stays still on a striped maroon background. the camera pans right",
+    "a small cyan ring leaves on the left and comes back over a plum gradient",
     "a small blue square moves right quickly behind a large yellow circle over a plain gray background",
     "a large shaded purple square moves down and turns green half way over a black checkerboard",
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .world import BACKGROUNDS, COLORS, PATTERNS, SHAPES, SWITCHES, VECTORS, Scene, Sprite
+from .world import BACKGROUNDS, COLORS, HALF_WAY, PATTERNS, SHAPES, SWITCHES, VECTORS, Scene, Sprite
 
 MAX_WORDS = 47
 CONTEXT = 512
@@ -18,7 +18,7 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 _GLUE = (
     "a the of on over in front against across and then later while it that which where is we see video scene "
     "to back away half way moves travels slides drifts glides goes upward downward circles around bounces "
-    "stays still static stands place not does slowly gently quickly fast small little large big striped shaded "
+    "stays still static stands place not does slowly gently quickly fast small little large big banded shaded "
     "leaves comes returns frame out view passes behind turns changes becomes color from camera pans panning "
     "background backdrop solid stripes pattern smooth with move"
 )
@@ -214,8 +214,11 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 
 def describe_twice(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Prompts for before and from the scene's change on; where nothing changes, or half the time, one and the same."""
-    if scene.event in SWITCHES and rng.random() < 0.5:
+    """Prompts for before and from the scene's change on; where nothing changes, one and the same.
+
+    A change half way is told by one prompt half the time.
+    """
+    if scene.event in SWITCHES and (scene.event_frame not in HALF_WAY or rng.random() < 0.5):
         return describe(scene.before(), rng), describe(scene.after(), rng)
     text = describe(scene, rng)
     return text, text

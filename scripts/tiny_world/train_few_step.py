@@ -19,9 +19,10 @@ from .checkpoint import Average, Clock, TrainingError, load_stage, need_stage, p
 from .config import Config
 from .flow import Cache, FlowNet, Layout, Masks, latent_frames, shifted
 from .models import SHIFT, build_text_encoder, build_transformer
+from .muon import Optimisers
 from .parallel import Workers
 from .preview import write_preview
-from .train_flow import TOKENS, Optimisers, load_vae, make_banks, make_layouts, noised, own_output
+from .train_flow import TOKENS, load_vae, make_banks, make_layouts, noised, own_output, split_parameters
 
 STEPS = 4
 GUIDANCE = 3.0
@@ -141,7 +142,7 @@ def train_few_step(config: Config, out: Path, workers: Workers, seed: int) -> No
     positions, levels = torch.arange(frames, device=device), sampler_levels(device)
     chooser = random.Random(seed + done)
     torch.manual_seed(seed * 1000 + done * 16 + workers.rank + 7)
-    optimisers = Optimisers(student, (), stage)
+    optimisers = Optimisers(*split_parameters(student), stage)
     average = Average(optimisers.parameters, 0.998)
     running: list[torch.Tensor] = []
     step, progress, saved, started = 0, 0.0, time.monotonic(), time.monotonic()
@@ -162,7 +163,8 @@ def train_few_step(config: Config, out: Path, workers: Workers, seed: int) -> No
         velocity = net(slots, time_ * 1000, words, word_bias, positions.repeat(2), masks.select(layout.name))
         error = velocity[:, :, frames:] - (noisy - goal) / start[:, None, :, None, None]
         # A norm rather than its square: what the student cannot settle becomes one of the answers, not their mean.
-        return ((error.square().mean(1) + 1e-3).sqrt() - 1e-3**0.5).mean()
+        norm = ((error.square().mean(1) + 1e-3).sqrt() - 1e-3**0.5).mean(dim=(2, 3))
+        return (norm * layout.weight[frames:] / 2).mean()
 
     workers.say(check_path(guide, masks, causal, bank, encoder, stage.batch))
 

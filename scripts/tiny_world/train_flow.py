@@ -17,7 +17,6 @@ from .checkpoint import (
     Average,
     Clock,
     TrainingError,
-    learning_rate,
     load_stage,
     need_stage,
     prefixed,
@@ -28,7 +27,7 @@ from .checkpoint import (
 from .config import Config, Stage
 from .flow import FlowNet, Layout, Masks, bidirectional, latent_frames, shifted, teacher_forcing, text_bias
 from .models import SHIFT, build_text_encoder, build_transformer, build_vae
-from .muon import Muon
+from .muon import Optimisers
 from .parallel import Workers
 from .parallel_vae import ParallelVAE
 from .preview import write_preview
@@ -125,30 +124,14 @@ def make_layouts(frames: int, device: torch.device) -> tuple[list[Layout], list[
     return causal, [bidirectional(frames, length).to(device) for length in lengths]
 
 
-class Optimisers:
-    """Muon for the matrices inside the blocks, AdamW for everything else; one schedule."""
-
-    def __init__(self, transformer: WanTransformer3DModel, others: Iterable[nn.Parameter], stage: Stage) -> None:
-        inner = [p for p in transformer.blocks.parameters() if p.ndim == 2]
-        chosen = {id(p) for p in inner}
-        rest = [p for p in transformer.parameters() if id(p) not in chosen] + list(others)
-        cuda = inner[0].is_cuda
-        self.parameters = [*inner, *rest]
-        rate = stage.adam_lr
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (Muon(inner, stage.lr), stage.lr),
-            (torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda), rate),
-        ]
-
-    def step(self, workers: Workers, step: int, progress: float, warmup: int) -> None:
-        """Average and clip the gradients, then update."""
-        workers.average_gradients(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimiser, peak in self.parts:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(peak, step, progress, warmup)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+def split_parameters(
+    transformer: WanTransformer3DModel, encoder: nn.Module | None = None
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices inside the blocks, and everything else."""
+    inner = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in inner}
+    rest = [p for p in transformer.parameters() if id(p) not in chosen]
+    return inner, rest if encoder is None else [*rest, *encoder.parameters()]
 
 
 def train_flow(config: Config, out: Path, workers: Workers, seed: int) -> None:
@@ -186,7 +169,7 @@ def train_flow(config: Config, out: Path, workers: Workers, seed: int) -> None:
     # Data order must differ between processes, layouts and lengths must not.
     chooser = random.Random(seed + done)
     torch.manual_seed(seed * 1000 + done * 16 + workers.rank)
-    optimisers = Optimisers(transformer, encoder.parameters(), stage)
+    optimisers = Optimisers(*split_parameters(transformer, encoder), stage)
     average = Average(optimisers.parameters, 0.9993)
     running: dict[str, list[torch.Tensor]] = {}
     step, progress, saved, started = 0, 0.0, time.monotonic(), time.monotonic()
@@ -207,7 +190,7 @@ def train_flow(config: Config, out: Path, workers: Workers, seed: int) -> None:
         average.swap()
 
     while progress < 1.0:
-        layout = chooser.choice(causal) if chooser.random() < 0.75 else chooser.choice(full)
+        layout = chooser.choice(causal) if chooser.random() < 0.8 else chooser.choice(full)
         source, positions = bank, usual
         if far is not None and layout.causal and chooser.random() < 0.25:
             positions = gapped(far.latents.shape[2], frames, layout.first, chooser).to(device)

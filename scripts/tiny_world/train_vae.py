@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import nn
 
 from .checkpoint import (
     Average,
     Clock,
     TrainingError,
-    learning_rate,
     load_stage,
     prefixed,
     record,
@@ -20,9 +21,10 @@ from .checkpoint import (
 )
 from .config import Config
 from .models import build_vae
+from .muon import Optimisers
 from .parallel import Workers
 from .parallel_vae import ParallelVAE
-from .world import draw_scene, render
+from .world import draw_scene, render, sprite_path
 
 VALIDATION_SEED = 900_000_000
 # Frames of the long crops: more than the decoder's temporal receptive field of 117.
@@ -33,6 +35,15 @@ def psnr(reference: torch.Tensor, video: torch.Tensor) -> float:
     """Mean over clips of the PSNR of (B, 3, F, H, W) in -1..1."""
     error = ((reference - video.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
     return float((-10 * torch.log10(error)).mean())
+
+
+def split_parameters(vae: AutoencoderKLWan) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The convolutions between the first and the last, and everything else."""
+    ends = (vae.encoder.conv_in.weight, vae.decoder.conv_out.weight)
+    inner = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1]
+    inner = [p for p in inner if all(p is not end for end in ends)]
+    chosen = {id(p) for p in inner}
+    return inner, [p for p in vae.parameters() if id(p) not in chosen]
 
 
 def to_signed(frames: torch.Tensor) -> torch.Tensor:
@@ -51,12 +62,16 @@ def reconstruction_loss(target: torch.Tensor, video: torch.Tensor) -> torch.Tens
 
 
 class Bank:
-    """Rendered clips held on the device, (N, F, 3, H, W) uint8, and random crops of them."""
+    """Rendered clips held on the device, (N, F, 3, H, W) uint8, and crops of them, most with a sprite in the middle.
+
+    Nearly all of the error is at the sprites, which cover an eighth of a frame.
+    """
 
     def __init__(self, count: int, frames: int, seed: int, device: torch.device) -> None:
         self.rng = random.Random(seed)
         scenes = [draw_scene(seed + i) for i in range(count)]
         self.clips = torch.cat([render(scenes[start : start + 32], frames, device) for start in range(0, count, 32)])
+        self.paths = [[sprite_path(scene, i, frames) for i in range(len(scene.sprites))] for scene in scenes]
 
     def crops(self, batch: int, frames: int, size: int) -> torch.Tensor:
         """(batch, 3, frames, size, size) in -1..1."""
@@ -65,8 +80,16 @@ class Bank:
         for _ in range(batch):
             i, t = self.rng.randrange(count), self.rng.randrange(total - frames + 1)
             y, x = self.rng.randrange(height - size + 1), self.rng.randrange(width - size + 1)
+            if self.rng.random() < 0.75:
+                at = self.rng.choice(self.paths[i])[self.rng.randrange(t, t + frames)]
+                x, y = (self._around(centre, size, total) for centre, total in zip(at, (width, height), strict=True))
             out.append(self.clips[i, t : t + frames, :, y : y + size, x : x + size])
         return to_signed(torch.stack(out))
+
+    def _around(self, centre: float, size: int, total: int) -> int:
+        """Where a crop begins that has `centre` in its middle half, within the frame."""
+        start = centre - size * self.rng.uniform(0.25, 0.75)
+        return int(min(max(start, 0), total - size))
 
 
 @torch.no_grad()
@@ -109,11 +132,10 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int) -> None:
     clock = Clock(stage.minutes, stage.steps)
     length = 25 if toy else LONG + 20
     bank = Bank(stage.clips, length, (seed + 17 * workers.rank) * 1_000_000 + done, device)
-    parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda)
-    average = Average(parameters, 0.998)
+    optimisers = Optimisers(*split_parameters(vae), stage)
+    average = Average(optimisers.parameters, 0.998)
     validation = (2, 9) if toy else (8 if cuda else 1, LONG)
-    workers.say(f"vae: {sum(p.numel() for p in parameters) / 1e6:.2f} M, {stage}, bank {clock.elapsed():.1f} s")
+    workers.say(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M, {stage}, bank {clock.elapsed():.1f} s")
     step, progress, saved = 0, 0.0, time.monotonic()
 
     def save() -> None:
@@ -128,8 +150,6 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int) -> None:
         print(f"vae step {done + step}: validation {score:.2f} dB over {validation[1]} frames", flush=True)
 
     while progress < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage.lr, step, progress)
         video, coarse = _batch(bank, stage.batch, step, toy)
         mean, logvar = model.moments(video)
         latents = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
@@ -139,11 +159,8 @@ def train_vae(config: Config, out: Path, workers: Workers, seed: int) -> None:
             video, latents = _half(video), _half(latents)
         loss = reconstruction_loss(video, model.decode(latents))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        optimizer.zero_grad(set_to_none=True)
         (loss + 1e-4 * kl).backward()
-        workers.average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimisers.step(workers, step, progress, warmup=150)
         average.update()
         step += 1
         if stage.steps or step % 10 == 0:
