@@ -33,7 +33,7 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         result = read([Fixed(Entries(k_BNHD, v_BNHD, site.grid.frame_of_token(site.start)))])
     else:
         memory = run.memory(site)
-        memory.place(k_BNHD, v_BNHD, site)
+        memory.place(k_BNHD, v_BNHD, site, q_BSHD)
         answer = run.reuse_answer(site, memory)
         if answer == "together":
             result = read(memory.past_and_block())

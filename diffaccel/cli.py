@@ -136,8 +136,9 @@ def methods(
     for technique in TECHNIQUES:
         about = describe_technique(technique)
         lines += [f"{about['name']}  (slot {about['slot']})", f"  {about['summary']}", f"  {about['paper']}"]
-        exact = " ".join(f"--set {about['slot']}.{name}={value}" for name, value in about["exact"].items())
-        lines.append(f"  exact: {exact or 'always (lossless)'}")
+        slot = about["slot"]
+        exact = "".join(f" --set {slot}.{name}={value}" for name, value in about["exact"].items())
+        lines.append(f"  exact: --set {slot}={about['name']}{exact or ', always (lossless)'}")
         for knob in about["knobs"]:
             lines.append(f"    {about['slot']}.{knob['name']} = {knob['default']!r}  {knob['help']}")
         lines.append("")

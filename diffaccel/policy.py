@@ -11,14 +11,15 @@ from .errors import KnobError
 from .suggest import choose
 
 if TYPE_CHECKING:
-    from .cache import Entries, Memory
+    from .cache import Entries, Extent, Memory
+    from .grid import Grid
     from .plan import Plan
     from .run import Run
     from .site import Site
 
 
 def knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002
-    """A dataclass field that says what it does; `choices` are checked when the policy is made."""
+    """A dataclass field that says what it does; `choices`, or None where that is the default, are all it takes."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -34,9 +35,9 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices = item.metadata.get("choices")
-            if choices is not None:
-                choose(getattr(self, item.name), choices, f"{type(self).__name__}.{item.name}")
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices is not None and not (value is None and item.default is None):
+                choose(value, choices, f"{type(self).__name__}.{item.name}")
 
     @classmethod
     def knobs(cls) -> dict[str, Field]:
@@ -71,13 +72,22 @@ class CachePolicy(Policy):
     slot = "cache"
     needs_blocks = True
 
+    needs_queries: ClassVar[bool] = False  # whether `Memory.queries` of the clean pass are kept for `commit`
+
+    def check(self, extent: "Extent") -> None:
+        """Refuse a generation that the knobs do not fit with `KnobError`, before anything is computed."""
+
     @abstractmethod
-    def expected_tokens(self, video_tokens: int) -> int:
-        """Tokens the exact tier should make room for at once, for a video of `video_tokens`."""
+    def expected_tokens(self, video_tokens: int, block: "Grid") -> int:
+        """Tokens the exact tier should make room for at once, for a video of `video_tokens` in such blocks."""
 
     @abstractmethod
     def commit(self, memories: "Sequence[Memory]", site: "Site", run: "Run") -> None:
         """Move entries between the tiers of every layer; called once a finished block and branch."""
+
+    def describe(self, run: "Run") -> dict[str, Any]:
+        """What the report says of the cache beyond its size, as plain data."""
+        return {}
 
 
 class ReusePolicy(Policy):

@@ -40,7 +40,8 @@ class Report:
     `seconds`: `attention` (all attention calls; None on a GPU unless the run was asked for timing), `denoise`,
     `decode`, `total`, wall clock. `frames` counts pixel frames, `fps` is frames over total seconds.
     `peak_memory_bytes` is the allocator's peak on a GPU since the last generation began, and the process's on the CPU.
-    `cache.max_tokens` is the most entries any layer and branch kept.
+    `cache.max_tokens` is the most entries any layer and branch kept; what else it holds is the policy's
+    (`CachePolicy.describe`).
     """
 
     slots: dict[str, SlotReport]
@@ -49,7 +50,7 @@ class Report:
     frames: int
     fps: float | None
     peak_memory_bytes: int
-    cache: dict[str, int]
+    cache: dict[str, Any]
     environment: dict[str, str]
     quality: dict[str, Any] | None = None
 

@@ -5,7 +5,7 @@ import sys
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .cache import Entries, KVCache, Memory
+from .cache import Entries, Extent, KVCache, Memory
 from .errors import NotEngagedError
 from .grid import Grid
 from .kernel import Partial
@@ -47,6 +47,9 @@ class Run:
             slot: SlotReport(type(policy).__name__, policy.values(), engaged=False)
             for slot, policy in self._policies.items()
         }
+        self.extent: Extent | None = None
+        self.rotary: tuple[Tensor, Tensor] | None = None  # tables (1, S, 1, D) of the forward that runs now
+        self.later: Callable[[Tensor, int], Tensor] | None = None  # rotated keys (B, N, H, D), some frames later
         self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None
         self.blocks = self.steps = 0
         self.longest_past = 0.0  # latent frames before a block over those of the block, of all blocks so far
@@ -69,8 +72,14 @@ class Run:
 
     # -- told by a pipeline that generates block by block ---------------------------------------------------------
 
-    def begin(self, frames: int) -> None:
-        """A generation of `frames` latent frames starts: everything remembered of the last one is dropped."""
+    def begin(self, frames: int, extent: Extent | None = None) -> None:
+        """A generation of `frames` latent frames starts: everything remembered of the last one is dropped.
+
+        Raises `KnobError` where the cache's knobs do not fit its `extent`.
+        """
+        if extent is not None:
+            self.cache.check(extent)
+        self.extent = extent
         self.forget()
         self._scratch.clear()
         self._video_frames = frames
@@ -194,7 +203,8 @@ class Run:
     def memory(self, site: Site) -> Memory:
         key = (site.branch, site.layer)
         if key not in self._memories:
-            self._memories[key] = Memory(self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame))
+            tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, site.grid)
+            self._memories[key] = Memory(tokens, self.cache.needs_queries)
         return self._memories[key]
 
     def reuse_answer(self, site: Site, memory: Memory) -> str:
@@ -285,7 +295,8 @@ class Run:
             frames=self._frames,
             fps=self._frames / total if self._frames and total else None,
             peak_memory_bytes=_peak_memory(self._device),
-            cache={"max_tokens": self._max_tokens, "tokens_per_frame": self._tokens_per_frame},
+            cache={"max_tokens": self._max_tokens, "tokens_per_frame": self._tokens_per_frame}
+            | (self.cache.describe(self) if "cache" in self.slots else {}),
             environment=environment(self._device, self._dtype),
         )
 

@@ -45,6 +45,7 @@ def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
             none = text.lower() == "none"
             if not none and not here:
                 raise UsageError(f"no technique fills the slot {slot} yet; leave --set {change} out")
+            text = next((name for name in here if name.lower() == text.lower()), text)
             slots[slot] = None if none else here[choose(text, [*here, "none"], f"method for the slot {slot}")]()
             continue
         if slots[slot] is None:

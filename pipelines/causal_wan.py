@@ -25,7 +25,9 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from diffaccel.accel import Accel, active_run
+from diffaccel.cache import Extent
 from diffaccel.errors import KnobError, UnsupportedError
+from diffaccel.grid import Grid
 from diffaccel.run import Run
 from diffaccel.site import Phase
 
@@ -221,7 +223,7 @@ class CausalWanPipeline(WanPipeline):
         self._generating = True
         total = rollout.latents.shape[2]
         try:
-            run.begin(frames=total)
+            run.begin(total, self._extent(rollout))
             with self.progress_bar(total=self._num_timesteps) as bar:
                 for index, frames in enumerate(rollout.blocks):
                     if active_run(self) is not run:
@@ -241,6 +243,20 @@ class CausalWanPipeline(WanPipeline):
                             self._commit_block(rollout, run, index)
         finally:
             self._generating = False
+
+    def _extent(self, rollout: Rollout) -> Extent:
+        config, (rows, _, total, height, width) = self.transformer.config, rollout.latents.shape
+        p_t, p_h, p_w = config.patch_size
+        return Extent(
+            frames=total // p_t,
+            block=Grid(max(len(frames) for frames in rollout.blocks) // p_t, height // p_h, width // p_w),
+            layers=config.num_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            rows=rows,
+            branches=len(rollout.embeds),
+            dtype=self.transformer.dtype,
+        )
 
     def _denoise_block(self, rollout: Rollout, run: Run, index: int, latents: Tensor, bar: Any) -> Tensor:
         """Takes one block from noise to a clean block, (B, C, n, h, w)."""

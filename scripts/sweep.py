@@ -27,7 +27,7 @@ PROMPTS = [
 SETTINGS = {
     "TempCache(0.95)": Accel(cache=TempCache(threshold=0.95)),
     "TempCache(0.9)": Accel(cache=TempCache(threshold=0.9)),
-    "TempCache(0.9), nearest": Accel(cache=TempCache(threshold=0.9, match="nearest")),
+    "TempCache(0.9), nearest": Accel(cache=TempCache(threshold=0.9, match="key")),
     "TempCache(0.9), last key": Accel(cache=TempCache(threshold=0.9, representative="last")),
     "TempCache(0.8)": Accel(cache=TempCache(threshold=0.8)),
     "FlashBlock(2)": Accel(reuse=FlashBlock(refresh=2)),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from diffaccel import Accel, FlashBlock, FrameWindow, PadCollapse, TempCache
+from diffaccel import Accel, FlashBlock, FrameWindow, PadCollapse, RollingRebased, SinkRecent, TempCache
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,19 @@ class Row:
 MATRIX = [
     Row(Accel(cache=TempCache(threshold=None)), Accel(cache=TempCache(threshold=0.3))),
     Row(
-        Accel(cache=TempCache(threshold=None, match="nearest")),
-        Accel(cache=TempCache(threshold=0.3, match="nearest", representative="last", sink_frames=1, recent_frames=1)),
+        Accel(cache=TempCache(threshold=None, match="key")),
+        Accel(cache=TempCache(threshold=0.3, match="key", representative="last", sink_frames=1, recent_frames=1)),
     ),
+    Row(
+        Accel(cache=TempCache(threshold=None, variant="paper")),
+        Accel(cache=TempCache(threshold=(0.5, 0.3), variant="paper", budget="7 frames", sink_frames=1)),
+    ),
+    Row(
+        Accel(cache=TempCache(threshold=None, representative="medoid")),
+        Accel(cache=TempCache(threshold=0.3, representative="medoid", max_multiplicity=3)),
+    ),
+    Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
+    Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),
     Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),

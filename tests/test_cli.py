@@ -242,7 +242,10 @@ MISTAKES = {
     "slot": (["p", "--set", "cash.threshold=0.5"], "did you mean 'cache'"),
     "kernel": (["p", "--set", "kernel=spda"], "did you mean 'sdpa'"),
     "set": (["p", "--set", "cache"], "--set takes slot=Method"),
-    "knob type": (["p", "--set", "cache.threshold=high"], "cache.threshold takes a number or none, got 'high'"),
+    "knob type": (
+        ["p", "--set", "cache.threshold=high"],
+        "cache.threshold takes a number or numbers with commas between or none, got 'high'",
+    ),
     "knob range": (["p", "--set", "cache.threshold=1.5"], "threshold is a similarity in [0, 1]"),
     "knob choice": (["p", "--set", "cache.match=celll"], "did you mean 'cell'"),
     "suffix": (["p", "-o", "v.avi"], "not '.avi'"),
@@ -398,9 +401,9 @@ def test_methods_lists_every_technique_with_its_exact_setting(run):
         assert about["name"] in text
         assert all(f"{about['slot']}.{knob['name']} = " in text for knob in about["knobs"])
         for knob, value in technique.exact.items():
-            change = f"{technique.slot}.{knob}={value}"
-            assert f"--set {change}" in text
-            assert getattr(getattr(build_accel("exact", [change]), technique.slot), knob) == value
+            changes = [f"{technique.slot}={technique.__name__.lower()}", f"{technique.slot}.{knob}={value}"]
+            assert f"--set {changes[1]}" in text
+            assert getattr(getattr(build_accel("exact", changes), technique.slot), knob) == value
     assert set(listed["presets"]) == set(PRESETS)
 
 

@@ -36,7 +36,7 @@ def read(memory, q):
     return merge([part for part, tier in zip(parts, memory.past(), strict=True) if tier.count])
 
 
-@pytest.mark.parametrize("match", ["cell", "nearest"])
+@pytest.mark.parametrize("match", ["cell", "key"])
 @pytest.mark.parametrize("representative", ["mean", "last"])
 def test_identical_frames_keep_the_cache_at_one_frame_and_attention_exact(match, representative):
     frame = torch.randn(T, HEADS, DIM)
@@ -76,7 +76,7 @@ def test_only_what_stays_alike_merges_and_the_mean_is_over_members():
 def test_several_tokens_may_join_one_entry():
     first = torch.randn(T, HEADS, DIM)
     second = first[2].expand(T, -1, -1)  # every token of the second frame is a copy of token 2
-    memory = fill(TempCache(threshold=1.0, match="nearest", recent_frames=0), [first, second])
+    memory = fill(TempCache(threshold=1.0, match="key", recent_frames=0), [first, second])
     assert memory.older[0].rows[0].multiplicity == ((T - 1, 1), (1, 1 + T))
     cell = fill(TempCache(threshold=1.0, match="cell", recent_frames=0), [first, second])
     assert cell.older[0].rows[0].multiplicity == ((2 * T - 2, 1), (1, 2))

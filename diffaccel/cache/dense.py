@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..grid import Grid
 from ..policy import CachePolicy
 from ..site import Site
 from .memory import Memory
@@ -20,7 +21,7 @@ class KVCache(CachePolicy):
     summary: ClassVar[str] = "keeps every token of every finished block (the default)"
     exact: ClassVar[dict[str, Any]] = {}
 
-    def expected_tokens(self, video_tokens: int) -> int:
+    def expected_tokens(self, video_tokens: int, block: Grid) -> int:
         """Tokens the exact tier should make room for at once."""
         return video_tokens
 

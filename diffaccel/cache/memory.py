@@ -1,5 +1,6 @@
 """What one layer and branch of a generation remembers of earlier blocks."""
 
+import torch
 from torch import Tensor
 
 from ..site import Site
@@ -13,14 +14,20 @@ class Memory:
     so that partials computed against it can tell when they are stale.
     """
 
-    def __init__(self, expected_tokens: int = 0) -> None:
+    def __init__(self, expected_tokens: int = 0, keep_queries: bool = False) -> None:
         self.exact = ExactTier(expected_tokens)
+        self.keep_queries, self.queries = keep_queries, torch.empty(0)
         self.older: list[Tier] = []
         self.seen = 0
         self.version = 0
 
-    def place(self, k: Tensor, v: Tensor, site: Site) -> None:
-        """Take the keys and values (B, S, H, D) of the block at work; they are not part of the past yet."""
+    def place(self, k: Tensor, v: Tensor, site: Site, queries: Tensor | None = None) -> None:
+        """Take the keys and values (B, S, H, D) of the block at work; they are not part of the past yet.
+
+        The queries of a clean pass are held until the next one, for policies that match by them.
+        """
+        if self.keep_queries and queries is not None and site.phase == "clean":
+            self.queries = queries
         self.exact.place(k, v, site.grid.frame_of_token(site.start))
 
     def past(self) -> list[Tier]:

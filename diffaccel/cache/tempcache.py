@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ..ann import Flat
+from ..grid import Grid
 from ..policy import CachePolicy, knob
+from ..rotary import unrotate
 from ..site import Site
-from .entries import Entries
+from .budget import Extent, parse_budget, tokens_of
 from .memory import Memory
+from .merged import MergedTokens
 from .tiers import RowTier
 
 if TYPE_CHECKING:
@@ -22,41 +25,56 @@ if TYPE_CHECKING:
 class TempCache(CachePolicy):
     """Keep one entry for a patch that stays alike over time, and count how often it was seen.
 
-    When a block is finished, the frames that are no longer recent leave the exact cache. Each of their tokens is
-    compared with its match in the frame before; above `threshold` it joins that token's entry, else it becomes an
-    entry of its own. An entry that stands for m tokens gets log m added to its score (Lemma 5.1), which is exact
-    where the tokens are identical.
+    When a block is finished, each of its tokens is matched with a token of the frame before. Once its frame is no
+    longer recent it joins the entry of its match, if the two are at least `threshold` alike, else it becomes an entry
+    of its own. An entry that stands for m tokens gets log m added to its score (Lemma 5.1), which is exact where the
+    tokens are identical.
 
-    Similarity is 1 - |a - b|^2 / (2 mean |k|^2) between the rotated keys of all heads together, the mean taken over
-    every layer of the first block: cosine for keys of average length, and one scale for all layers, because what a
-    merge changes is the difference of scores and that grows with the keys' length.
+    `variant` says how alike is meant. "paper": cosine of un-rotated keys, all heads together; matches are proposed by
+    queries, and the newest member's key stands for the entry, at its own position. "phase": the distance of rotated
+    keys a, b at the same place, as 1 - |a - b|^2 / (2 mean |k|^2), the mean taken over every layer of the first block:
+    cosine for keys of average length, and one scale for all layers, because what a merge changes is the difference of
+    scores and that grows with the keys' length; the mean of the rotated keys stands for the entry. It is far closer to
+    dense attention at the same size (samples/RESULTS.md). `match` and `representative` override the variant's.
 
-    Differences from the paper: it merges newest-key-wins at the newest position (`representative="last"`) and does
-    not say how it treats rotary positions; here the default is the mean of the rotated keys, measured to be far closer
-    to dense attention (samples/RESULTS.md), and the newest frames stay unmerged.
+    Ours, not the paper's: the newest frames stay unmerged, and `budget`, a hard cap on what attention may read in a
+    layer, the block at work included. Over it, the entries with the least tokens x 1 / (1 + age in frames) go.
     """
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
     summary: ClassVar[str] = "merges near-duplicate keys of past frames, so that the KV cache grows with what changes"
-    exact: ClassVar[dict[str, Any]] = {"threshold": None}
+    exact: ClassVar[dict[str, Any]] = {"threshold": None, "budget": None}
 
-    threshold: float | None = knob(0.9, "similarity from which keys merge, in [0, 1]; None never merges")
-    match: str = knob(
-        "cell",
-        "which token of the previous frame a token is compared with: the one at its place, or the nearest key",
-        choices=("cell", "nearest"),
+    threshold: float | tuple[float, ...] | None = knob(
+        0.9, "similarity in [0, 1] from which keys merge, or one for each layer; None never merges"
     )
-    representative: str = knob(
-        "mean", "key of a merged entry: mean of its members, or the last one (the paper's)", choices=("mean", "last")
+    budget: int | str | None = knob(
+        None, 'most a layer holds: tokens (40000), "32 frames" or "8GB" of all layers; None: no limit'
     )
-    sink_frames: int = knob(0, "first latent frames of the video that are never merged")
+    variant: str = knob(
+        "phase", 'which keys are alike: rotated ones ("phase") or un-rotated ones ("paper")', choices=("phase", "paper")
+    )
+    match: str | None = knob(
+        None,
+        'token of the frame before a token is compared with: at its place ("cell"), the nearest key ("key"), or the '
+        'key its query reads most ("query"); None: cell for phase, query for paper',
+        choices=("cell", "key", "query"),
+    )
+    representative: str | None = knob(
+        None,
+        "key of a merged entry: mean of its members, the last one, or the medoid; None: mean for phase, last for paper",
+        choices=("mean", "last", "medoid"),
+    )
+    sink_frames: int = knob(0, "first latent frames of the video, never merged and never evicted")
     recent_frames: int | None = knob(None, "newest latent frames that stay unmerged; None: the newest block")
+    max_multiplicity: int | None = knob(None, "most tokens an entry stands for, >= 1; None: no limit")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         self.require(
-            self.threshold is None or 0 <= self.threshold <= 1,
-            "threshold is a similarity in [0, 1], or None to never merge",
+            bool(each) and all(t is None or 0 <= t <= 1 for t in each),
+            "threshold is a similarity in [0, 1], or a tuple of one for each layer, or None to never merge",
             threshold=self.threshold,
         )
         self.require(
@@ -67,134 +85,187 @@ class TempCache(CachePolicy):
             "recent_frames is a number of latent frames >= 0, or None for the newest block",
             recent_frames=self.recent_frames,
         )
+        self.require(
+            self.max_multiplicity is None or self.max_multiplicity >= 1,
+            "max_multiplicity is a number of tokens >= 1, or None for no limit",
+            max_multiplicity=self.max_multiplicity,
+        )
+        if self.budget is not None:
+            parse_budget(self.budget)
 
-    def expected_tokens(self, video_tokens: int) -> int:
-        """Tokens the exact tier should make room for at once."""
-        return video_tokens if self.threshold is None else 0
+    @property
+    def matching(self) -> str:
+        return self.match or ("cell" if self.variant == "phase" else "query")
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.matching == "query" and not self.is_exact
+
+    def check(self, extent: Extent) -> None:
+        """Refuse a generation that the knobs do not fit, before anything is computed."""
+        if isinstance(self.threshold, tuple):
+            self.require(
+                len(self.threshold) == extent.layers,
+                f"threshold has one value for each of the {extent.layers} layers",
+                threshold=self.threshold,
+            )
+        if self.budget is None:
+            return
+        held = tokens_of(self.budget, extent)
+        per_frame, block = extent.block.tokens_per_frame, extent.block.frames
+        recent = self._recent(extent.block)
+        needed = (self.sink_frames + recent + block) * per_frame
+        self.require(
+            held >= needed,
+            f"budget must hold {self.sink_frames} sink frames, {recent} recent ones and the {block} of the block at "
+            f"work: ({self.sink_frames} + {recent} + {block}) x {per_frame} = {needed} tokens, "
+            f"{needed * extent.bytes_per_token / 1e9:.2f} GB in all layers; it holds {held} tokens",
+            budget=self.budget,
+        )
+
+    def expected_tokens(self, video_tokens: int, block: Grid) -> int:
+        """Tokens the exact tier should make room for: the recent ones, a block that is leaving, one at work."""
+        if self.is_exact:
+            return video_tokens
+        return (self._recent(block) + 2 * block.frames) * block.tokens_per_frame
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
-        """Move what is no longer recent into the merged tier of each layer; called once a finished block."""
-        if self.threshold is None:
+        """Match the finished block, move what is no longer recent into the merged tier; once a block and branch."""
+        if self.is_exact:
             run.fired("cache")
             return
         scratch = run.scratch("cache", site.branch)
-        if "key_scale" not in scratch:
-            keys = (memory.exact.past().entries.k for memory in memories)
-            scratch["key_scale"] = torch.stack([_squared(k).mean() for k in keys]).mean()
-        per_frame = site.grid.tokens_per_frame
-        recent = site.grid.frames if self.recent_frames is None else self.recent_frames
-        merged = 0
-        for memory in memories:
-            leaving = memory.exact.count - recent * per_frame
-            if leaving <= 0:
-                continue
-            oldest = memory.exact.take_oldest(leaving)
-            if not memory.older:
-                memory.older.append(_MergedTier.empty_like(oldest))
-            tier = memory.older[0]
-            assert isinstance(tier, _MergedTier)
-            merged += tier.absorb(oldest, per_frame, self, scratch)
-        run.fired("cache", merged)
+        state: _State = scratch.setdefault("state", _State())
+        self._link(state, memories, site, run)
+        per_frame, sizes = site.grid.tokens_per_frame, [memory.exact.count for memory in memories]
+        leaving = sizes[0] - self._recent(site.grid) * per_frame
+        if leaving <= 0:
+            return
+        taken = [memory.exact.take_oldest(leaving) for memory in memories]
+        k, v = (torch.cat([getattr(entries, name) for entries in taken]) for name in ("k", "v"))
+        limit = None
+        if self.budget is not None:
+            assert run.extent is not None
+            limit = tokens_of(self.budget, run.extent)
+            limit -= (self._recent(run.extent.block) + run.extent.block.frames) * per_frame
+        if state.merged is None:
+            room = (limit or 0) + leaving
+            state.merged = MergedTokens(k[:, :per_frame], room, self.representative or _REPRESENTATIVES[self.variant])
+        frames = taken[0].frames
+        assert frames is not None
+        for start in range(0, leaving, per_frame):
+            part, frame = slice(start, start + per_frame), int(frames[start])
+            match, similarity = state.links.pop(frame)
+            joins = self._joins(similarity, frame, len(memories))
+            state.merged.absorb(k[:, part], v[:, part], frame, joins, match, self.max_multiplicity)
+        if limit is not None:
+            state.merged.evict(limit, site.start, self.sink_frames)
+        rows = state.merged.settle()
+        batch = len(rows) // len(memories)
+        for layer, memory in enumerate(memories):
+            memory.older = [RowTier(rows[layer * batch : (layer + 1) * batch], state.merged.bytes // len(memories))]
+        run.fired("cache", state.merged.absorbed * len(rows) - sum(row.count for row in rows))
+
+    def describe(self, run: "Run") -> dict[str, Any]:
+        """What was merged and evicted, for the report; waits for the device."""
+        states = [s["state"] for s in run.all_scratch("cache") if "state" in s]
+        found = [state.merged for state in states if state.merged is not None]
+        if not found:
+            return {}
+        counts = torch.cat([merged.count[merged.count > 0] for merged in found])
+        powers = torch.bincount(counts.float().log2().floor().long()).tolist()
+        return {
+            "merged_entries": counts.numel(),
+            "merged_tokens": int(counts.sum()),
+            "evicted_tokens": sum(int(merged.evicted) for merged in found),
+            "multiplicity": {f"{2**i}-{2 ** (i + 1) - 1}": n for i, n in enumerate(powers)},
+            "drift": found[0].drift.to_dict(),
+        }
 
     def why_idle(self, run: "Run") -> str:
-        best = max((float(s["best"]) for s in run.all_scratch("cache") if "best" in s), default=None)
-        if best is None:
+        states = [s["state"] for s in run.all_scratch("cache") if "state" in s]
+        best = max((float(state.best) for state in states if state.merged is not None), default=-1.0)
+        if best < 0:
             return (
                 "no frame ever left the recent ones, so nothing could merge: generate more frames, "
                 f"or lower recent_frames (now {self.recent_frames})"
             )
-        return f"no pair of keys reached threshold={self.threshold}; the most alike had {best:.4f}: lower the threshold"
+        limit = "" if self.budget is None else f", and the past never outgrew budget={self.budget!r}"
+        if self.threshold is None:
+            return f"threshold=None never merges{limit}"
+        return (
+            f"no pair of keys reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
+            "lower the threshold"
+        )
+
+    def _recent(self, block: Grid) -> int:
+        return block.frames if self.recent_frames is None else self.recent_frames
+
+    def _joins(self, similarity: Tensor, frame: int, layers: int) -> Tensor:
+        """Which tokens (R, T) may join; the first frame after the sink may join nothing, so the sink stays as it is."""
+        if self.threshold is None or frame <= self.sink_frames:
+            return torch.zeros_like(similarity, dtype=torch.bool)
+        if not isinstance(self.threshold, tuple):
+            return similarity >= self.threshold
+        each = torch.tensor(self.threshold, device=similarity.device)
+        return similarity >= each.repeat_interleave(len(similarity) // layers)[:, None]
+
+    def _link(self, state: "_State", memories: Sequence[Memory], site: Site, run: "Run") -> None:
+        """Match and similarity (R, T) of every token of the finished block with the frame before it."""
+        per_frame, tokens = site.grid.tokens_per_frame, site.grid.tokens
+        blocks = [memory.exact.past().entries.k[:, -tokens:] for memory in memories]
+        if state.scale is None:
+            each = torch.stack([_squared(k).mean(dim=1) for k in blocks]).mean(dim=0)  # of each batch row
+            state.scale = each.repeat(len(blocks))[:, None]
+        for number in range(site.grid.frames):
+            part = slice(number * per_frame, (number + 1) * per_frame)
+            k = torch.cat([block[:, part] for block in blocks])
+            alike = k
+            if self.variant == "paper" and run.rotary is not None:
+                alike = unrotate(k, *(table[:, part] for table in run.rotary))
+            match = torch.arange(per_frame, device=k.device).expand(len(k), -1)
+            similarity = torch.full(match.shape, -1.0, device=k.device)
+            if state.newest is not None:
+                previous, previous_alike = state.newest
+                if self.matching == "query":
+                    q = torch.cat([memory.queries[:, part] for memory in memories])  # type: ignore[index]
+                    match = _nearest(q, previous, "ip")
+                elif self.matching == "key":
+                    match = _nearest(alike, previous_alike, "l2" if self.variant == "phase" else "cosine")
+                other = previous_alike.gather(1, match[..., None, None].expand_as(previous_alike))
+                similarity = self._similarity(alike, other, state.scale)
+                if site.start + number > self.sink_frames:
+                    state.best = torch.maximum(state.best.to(similarity), similarity.max())
+            state.links[site.start + number] = match, similarity
+            state.newest = k, alike
+
+    def _similarity(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """Of keys (R, T, H, D), all heads together, (R, T)."""
+        if self.variant == "paper":
+            return torch.cosine_similarity(a.flatten(2).float(), b.flatten(2).float(), dim=2)
+        return 1 - _squared(a - b) / (2 * scale)
+
+
+_REPRESENTATIVES = {"phase": "mean", "paper": "last"}
 
 
 @dataclass
-class _Row:
-    """Merging state of one batch row."""
+class _State:
+    """What one branch of a generation knows: links of the frames that are still recent, and the merged entries."""
 
-    k: Tensor  # (n, H, D)
-    v: Tensor
-    count: Tensor  # (n,) tokens each entry stands for
-    frame: Tensor  # (n,) newest latent frame among them
-    owner: Tensor  # (T,) entry that holds each token of the newest absorbed frame
-    newest: Tensor  # (T, H, D) keys of that frame
-
-    def absorb(self, k: Tensor, v: Tensor, frame: int, policy: TempCache, scratch: dict[str, Any]) -> int:
-        """Take one frame, (T, H, D), and return how many of its tokens joined an older entry."""
-        tokens = k.shape[0]
-        joins = torch.zeros(tokens, dtype=torch.bool, device=k.device)
-        target = torch.zeros(tokens, dtype=torch.int64, device=k.device)
-        if self.owner.numel() and frame > policy.sink_frames:  # the first frame after the sink has no match it may join
-            nearest = torch.arange(tokens, device=k.device)
-            if policy.match == "nearest":
-                ids, _ = Flat(metric="l2").fit(self.newest.flatten(1).float()).search(k.flatten(1).float(), 1)
-                nearest = ids.squeeze(-1)
-            similarity = 1 - _squared(k - self.newest[nearest]) / (2 * scratch["key_scale"])
-            scratch["best"] = torch.maximum(scratch.get("best", similarity.new_tensor(-1.0)), similarity.max())
-            joins, target = similarity >= policy.threshold, self.owner[nearest]
-        joined, to = joins.nonzero().squeeze(1), target[joins]
-        if joined.numel():
-            before = self.count.clone()
-            self.count.index_add_(0, to, torch.ones_like(to))
-            share = (before / self.count).to(torch.float32)
-            self.v = _running_mean(self.v, share, v[joined], to, self.count)
-            if policy.representative == "mean":
-                self.k = _running_mean(self.k, share, k[joined], to, self.count)
-            else:
-                self.k[to] = k[joined]
-            self.frame[to] = frame
-        fresh = (~joins).nonzero().squeeze(1)
-        owner = target.clone()
-        owner[fresh] = torch.arange(self.k.shape[0], self.k.shape[0] + fresh.numel(), device=k.device)
-        self.k, self.v = torch.cat([self.k, k[fresh]]), torch.cat([self.v, v[fresh]])
-        self.count = torch.cat([self.count, torch.ones_like(fresh)])
-        self.frame = torch.cat([self.frame, torch.full_like(fresh, frame)])
-        self.owner, self.newest = owner, k
-        return joined.numel()
-
-    def entries(self) -> Entries:
-        """The row as attention reads it, entries of equal multiplicity kept together."""
-        order = torch.argsort(self.count, stable=True)
-        self.k, self.v, self.count, self.frame = (x[order] for x in (self.k, self.v, self.count, self.frame))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.numel(), device=order.device)
-        self.owner = place[self.owner]
-        tokens, entries = torch.unique_consecutive(self.count, return_counts=True)
-        multiplicity = tuple(zip(entries.tolist(), tokens.tolist(), strict=True))
-        return Entries(self.k[None], self.v[None], self.frame.cpu(), multiplicity)
+    merged: MergedTokens | None = None
+    scale: Tensor | None = None  # mean squared key length of each row, (R, 1)
+    newest: tuple[Tensor, Tensor] | None = None  # keys of the newest frame, as read and as compared
+    links: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    best: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
 
 
-@dataclass
-class _MergedTier(RowTier):
-    state: list[_Row] = field(default_factory=list)
-
-    @classmethod
-    def empty_like(cls, entries: Entries) -> "_MergedTier":
-        shape = entries.k.shape[2:]
-        none = torch.empty(0, dtype=torch.int64, device=entries.k.device)
-        state = [
-            _Row(entries.k.new_empty(0, *shape), entries.v.new_empty(0, *shape), none, none, none, none)
-            for _ in range(entries.k.shape[0])
-        ]
-        return cls(state=state)
-
-    def absorb(self, entries: Entries, per_frame: int, policy: TempCache, scratch: dict[str, Any]) -> int:
-        assert entries.frames is not None
-        merged = 0
-        for row, state in enumerate(self.state):
-            for start in range(0, entries.count, per_frame):
-                tokens = slice(start, start + per_frame)
-                frame = int(entries.frames[start])
-                merged += state.absorb(entries.k[row, tokens], entries.v[row, tokens], frame, policy, scratch)
-        self.rows = [state.entries() for state in self.state]
-        return merged
-
-
-def _squared(k_NHD: Tensor) -> Tensor:
+def _squared(k_RTHD: Tensor) -> Tensor:
     """Squared length of the keys, all heads together, fp32."""
-    return k_NHD.float().square().sum(dim=(-2, -1))
+    return k_RTHD.float().square().sum(dim=(-2, -1))
 
 
-def _running_mean(old: Tensor, share: Tensor, new: Tensor, to: Tensor, count: Tensor) -> Tensor:
-    """Means over members after `new` rows joined the entries `to`; `share` is each entry's old count over its new."""
-    mean = old.float() * share[:, None, None]
-    mean.index_add_(0, to, new.float() / count[to][:, None, None])
-    return mean.to(old.dtype)
+def _nearest(queries_RTHD: Tensor, points_RTHD: Tensor, metric: str) -> Tensor:
+    """Nearest point of each query, (R, T); some rows at a time, as R x T x T distances are many."""
+    pairs = zip(queries_RTHD.flatten(2).split(16), points_RTHD.flatten(2).split(16), strict=True)
+    return torch.cat([Flat(metric=metric).fit(points).search(queries, 1)[0].squeeze(-1) for queries, points in pairs])

@@ -90,12 +90,16 @@ class ExactTier:
         """Remove the oldest `tokens` entries and return a copy of them."""
         view = self._view(0, tokens)
         taken = Entries(view.k.clone(), view.v.clone(), self._frames[:tokens].clone())
-        left = self._count - tokens
-        for buffer in (self._k, self._v):
-            buffer[:, :left] = buffer[:, tokens : self._count].clone()
-        self._frames[:left] = self._frames[tokens : self._count].clone()
-        self._count = self._placed = left
+        self.drop(0, tokens)
         return taken
+
+    def drop(self, start: int, end: int) -> None:
+        """Remove the entries `start` to `end`; later ones move down."""
+        left = self._count - (end - start)
+        for buffer in (self._k, self._v):
+            buffer[:, start:left] = buffer[:, end : self._count].clone()
+        self._frames[start:left] = self._frames[end : self._count].clone()
+        self._count = self._placed = left
 
     def _view(self, start: int, end: int) -> Entries:
         return Entries(self._k[:, start:end], self._v[:, start:end], self._frames[start:end])
@@ -112,9 +116,13 @@ class ExactTier:
 
 @dataclass
 class RowTier:
-    """Entries that differ in number between batch rows: each row keeps its own and is read alone."""
+    """Entries that differ in number between batch rows: each row keeps its own and is read alone.
+
+    `allocated`: bytes of the buffers they are views of, where those hold more.
+    """
 
     rows: list[Entries] = field(default_factory=list)
+    allocated: int | None = None
 
     @property
     def count(self) -> int:
@@ -123,7 +131,7 @@ class RowTier:
 
     @property
     def bytes(self) -> int:
-        return sum(row.bytes for row in self.rows)
+        return sum(row.bytes for row in self.rows) if self.allocated is None else self.allocated
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         parts = [read(q[i : i + 1], row) for i, row in enumerate(self.rows)]

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2: `WanTransformer3DModel`, bidirectional or block-causal, without touching its code."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.port import Port, compiled_attend
+from diffaccel.rotary import rotate
 from diffaccel.run import Run
 
 from ._diffusers import (
@@ -21,6 +23,7 @@ from ._diffusers import (
     WanAttnProcessor,
     WanRotaryPosEmbed,
     _get_qkv_projections,
+    get_1d_rotary_pos_embed,
 )
 
 _HOOK = "diffaccel.root"
@@ -67,6 +70,7 @@ class Wan:
         for attention, port in attentions:
             attention.processor = _Processor(port)
         rope = denoiser.rope.register_forward_hook(_Rotary(run))
+        run.later = partial(_later, denoiser.rope)
         attributes = set(vars(denoiser))
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         registry.register_hook(_RootHook(run), _HOOK)
@@ -110,7 +114,7 @@ class _Processor(WanAttnProcessor):
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self._attend(q, k, v).flatten(2, 3).type_as(q)
         if image is not None:
             out = out + self._attend_image(attn, q, image)
@@ -129,48 +133,46 @@ class _Processor(WanAttnProcessor):
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2, 3)
 
 
-def _rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding over neighbouring channels; tables are (1, S, 1, D) fp32, each value twice."""
-    even, odd = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x_BSHD)  # written in its own dtype: interleaving in fp32 would move twice the bytes
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
-
-
 class _Rotary:
     """Forward hook of the rotary module: the temporal angles start at the block's own first frame."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.longer: WanRotaryPosEmbed | None = None
         self.last: tuple[Any, tuple[Tensor, Tensor]] = (None, (torch.empty(0),) * 2)
 
     def __call__(self, rope: WanRotaryPosEmbed, args: tuple[Tensor], tables: tuple[Tensor, Tensor]) -> Any:
         start, latents = self.run.start, args[0]
-        if start == 0:
-            return tables
-        key = (start, latents.shape[2:], latents.device)
-        if self.last[0] != key:
-            end = start + latents.shape[2] // rope.patch_size[0]
-            source = self._covering(rope, end)
-            per_frame = tables[0].shape[1] // (end - start)
-            moved = []
-            for table, angles in zip(tables, (source.freqs_cos, source.freqs_sin), strict=True):
-                moved.append(table.clone())
-                moved[-1][0, :, 0, : rope.t_dim] = angles[start:end, : rope.t_dim].repeat_interleave(per_frame, 0)
-            self.last = key, (moved[0], moved[1])
-        return self.last[1]
+        if start > 0:
+            key = (start, latents.shape[2:], latents.device)
+            if self.last[0] != key:
+                self.last = key, self._moved(rope, tables, start, latents.shape[2] // rope.patch_size[0])
+            tables = self.last[1]
+        self.run.rotary = tables
+        return tables
 
-    def _covering(self, rope: WanRotaryPosEmbed, frames: int) -> WanRotaryPosEmbed:
-        """A module whose table reaches `frames`; the stock one holds 1024."""
-        if frames <= rope.max_seq_len:
-            return rope
-        if self.longer is None or frames > self.longer.max_seq_len:
-            longer = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, 2 * frames)
-            self.longer = longer.to(rope.freqs_cos.device)
-        return self.longer
+    def _moved(
+        self, rope: WanRotaryPosEmbed, tables: tuple[Tensor, Tensor], start: int, frames: int
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin = (table.clone() for table in tables)
+        for table, angles in zip((cos, sin), _time_angles(rope, start, frames), strict=True):
+            table[0, :, 0, : rope.t_dim] = angles.repeat_interleave(table.shape[1] // frames, 0)
+        return cos, sin
+
+
+def _later(rope: WanRotaryPosEmbed, k_BNHD: Tensor, frames: int) -> Tensor:
+    """Rotated keys as they would be `frames` latent frames later."""
+    cos, sin = (k_BNHD.new_full((1, 1, 1, k_BNHD.shape[3]), still, dtype=torch.float32) for still in (1.0, 0.0))
+    for table, angles in zip((cos, sin), _time_angles(rope, frames, 1), strict=True):
+        table[..., : rope.t_dim] = angles
+    return rotate(k_BNHD, cos, sin)
+
+
+def _time_angles(rope: WanRotaryPosEmbed, start: int, frames: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (frames, t_dim) of frame numbers from `start` on; the module's own table ends at 1024."""
+    places = torch.arange(start, start + frames, device=rope.freqs_cos.device)
+    return get_1d_rotary_pos_embed(
+        rope.t_dim, places, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64
+    )
 
 
 class _RootHook(ModelHook):

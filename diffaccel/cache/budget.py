@@ -1,0 +1,56 @@
+"""How much a cache may hold: a number of tokens, of latent frames, or of bytes."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import KnobError
+from ..grid import Grid
+
+_UNITS = {"tokens": 1, "frames": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_RULE = 'a budget is a number of tokens (40000), of latent frames ("32 frames") or of bytes of all layers ("8GB")'
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a generation is about to hold: `frames` latent frames in blocks of the grid `block`, in every layer.
+
+    `rows` counts the videos of the batch, `branches` the passes of guidance; each keeps a cache of its own.
+    """
+
+    frames: int
+    block: Grid
+    layers: int
+    heads: int
+    head_dim: int
+    rows: int
+    branches: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers, rows and branches."""
+        return 2 * self.layers * self.heads * self.head_dim * self.rows * self.branches * self.dtype.itemsize
+
+
+def parse_budget(budget: int | str) -> tuple[float, str]:
+    """Amount and unit. Raises `KnobError` for what is no budget."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(budget).lower())
+    if isinstance(budget, bool) or found is None:
+        raise KnobError(f"{_RULE}, got {budget!r}")
+    amount, unit = float(found[1]), found[2] or "tokens"
+    unit = {"token": "tokens", "frame": "frames"}.get(unit, unit)
+    if unit not in _UNITS or amount <= 0 or (unit in ("tokens", "frames") and amount % 1):
+        raise KnobError(f"{_RULE}, units {', '.join(_UNITS)}, above 0; got {budget!r}")
+    return amount, unit
+
+
+def tokens_of(budget: int | str, extent: Extent) -> int:
+    """Tokens a layer may hold under `budget`."""
+    amount, unit = parse_budget(budget)
+    if unit == "tokens":
+        return int(amount)
+    if unit == "frames":
+        return int(amount) * extent.block.tokens_per_frame
+    return int(amount * _UNITS[unit]) // extent.bytes_per_token

@@ -1,0 +1,196 @@
+"""Entries that tokens of later frames join: all layers and batch rows of one branch in one set of buffers.
+
+Every operation runs over all layers at once and has shapes that the host knows, so that a commit waits for the device
+twice (how many entries are left, and of which multiplicity), whatever the number of layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .entries import Entries
+
+ANCHOR = 32
+"""Random projections kept of an entry's first key, to tell how far its members have drifted (64 bytes a token)."""
+
+
+@dataclass
+class Drift:
+    """Cosine between a joining key and the first member of its entry, over all joins of a generation."""
+
+    joins: Tensor
+    total: Tensor
+    least: Tensor
+
+    def to_dict(self) -> dict[str, float]:
+        joins = int(self.joins)
+        if not joins:
+            return {}
+        return {"mean": round(float(self.total) / joins, 4), "least": round(float(self.least), 4)}
+
+
+class MergedTokens:
+    """Entries (R, C, H, D) of R = layers x batch rows; the first `used` of each row are filled, sorted by multiplicity.
+
+    Args:
+        like: keys (R, T, H, D) that show heads, channels, dtype and device.
+        capacity: entries to make room for at once.
+        representative: key of an entry: "mean" of its members, the "last" one, or the "medoid", the member that was
+            nearest to their mean when it came.
+    """
+
+    def __init__(self, like: Tensor, capacity: int, representative: str) -> None:
+        rows, tokens, self.heads, self.dim = like.shape
+        self.representative, self.rows, self.tokens = representative, rows, tokens
+        device, width = like.device, self.heads * self.dim
+        self.k, self.v = (like.new_zeros(rows, capacity, width) for _ in range(2))
+        self.centre = like.new_zeros(rows, capacity, width) if representative == "medoid" else None
+        self.count = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
+        self.frame = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
+        self.anchor = torch.zeros(rows, capacity, ANCHOR, dtype=torch.float16, device=device)
+        generator = torch.Generator().manual_seed(0)
+        self._project = torch.randn(width, ANCHOR, generator=generator).to(device) / width**0.5
+        self.used = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.owner: Tensor | None = None  # (R, T) entry of each token of the newest frame, -1 where it was evicted
+        self.bound = 0  # no row holds more than this
+        self.absorbed = 0  # tokens taken by each row
+        self.evicted = torch.zeros((), dtype=torch.int64, device=device)  # tokens that were in evicted entries
+        self.drift = Drift(*(torch.zeros((), device=device) for _ in range(2)), torch.ones((), device=device))
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        held = (self.k, self.v, self.count, self.frame, self.anchor, *([] if self.centre is None else [self.centre]))
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def absorb(self, k: Tensor, v: Tensor, frame: int, joins: Tensor, match: Tensor, most: int | None) -> None:
+        """Take one frame (R, T, H, D): where `joins` (R, T), token t joins the entry of token `match` (R, T) of the
+        frame before, unless that entry is gone or stands for `most` tokens; the others become entries."""
+        self._make_room(self.tokens)
+        if self.owner is None:
+            target, joins = torch.zeros_like(match), torch.zeros_like(joins)
+        else:
+            target = self.owner.gather(1, match)
+            joins = joins & (target >= 0)
+            target = target.clamp(min=0)
+            if most is not None:
+                joins = joins & (self.count.gather(1, target) < most)
+        fresh = self.used[:, None] + (~joins).cumsum(1) - 1
+        target = torch.where(joins, target, fresh)
+        self.used = self.used + (~joins).sum(1)
+        self.bound, self.absorbed = self.bound + self.tokens, self.absorbed + self.tokens
+
+        before = self.count.gather(1, target)
+        self.count.scatter_add_(1, target, torch.ones_like(target, dtype=torch.int32))
+        after = self.count.gather(1, target)
+        self.frame.scatter_(1, target, torch.full_like(target, frame, dtype=torch.int32))
+        where = _flat(target, self.capacity)
+        # Of several tokens that join one entry, the first speaks for all of them.
+        index = torch.arange(self.tokens, device=k.device).expand_as(target)
+        leader = torch.full_like(self.count, self.tokens, dtype=torch.int64).scatter_reduce_(1, target, index, "amin")
+        leader = leader.gather(1, target)
+        k, v = k.flatten(2), v.flatten(2)
+        self._move_mean(self.v, v, where, leader, before, after)
+        if self.representative == "mean":
+            self._move_mean(self.k, k, where, leader, before, after)
+        elif self.representative == "last":
+            self.k.view(-1, k.shape[2])[where] = _pick(k, leader).flatten(0, 1)
+        else:
+            assert self.centre is not None
+            self._move_mean(self.centre, k, where, leader, before, after)
+            new, held = _pick(k, leader).flatten(0, 1), self.k.view(-1, k.shape[2])
+            centre = self.centre.view(-1, k.shape[2])[where].float()
+            old = held[where]
+            # Two members are equally near: a margin keeps the older one whatever the rounding.
+            nearer = (new - centre).square().sum(1) < 0.999 * (old - centre).square().sum(1)
+            held[where] = torch.where((nearer | (before == 0).flatten())[:, None], new, old)
+        self._note_drift(k, where, joins)
+        self.owner = target
+
+    def _move_mean(
+        self, held: Tensor, new: Tensor, where: Tensor, leader: Tensor, before: Tensor, after: Tensor
+    ) -> None:
+        """Means over members (R, C, W) once the tokens `new` (R, T, W) have joined, in fp32 on the way."""
+        total = torch.zeros(new.shape, dtype=torch.float32, device=new.device).flatten(0, 1)
+        total.index_add_(0, _flat(leader, self.tokens), new.flatten(0, 1).float())
+        flat = held.view(-1, new.shape[2])
+        old = flat[where].float() * before.flatten()[:, None]
+        mean = (old + total[_flat(leader, self.tokens)]) / after.flatten()[:, None]
+        flat[where] = mean.to(held.dtype)
+
+    def _note_drift(self, k: Tensor, where: Tensor, joins: Tensor) -> None:
+        flat, here = self.anchor.view(-1, ANCHOR), joins.flatten()
+        seen = (k.float() @ self._project).flatten(0, 1)
+        cosine = torch.cosine_similarity(flat[where].float(), seen, dim=1)
+        flat[where] = torch.where(here[:, None], flat[where], seen.half())
+        self.drift.joins += here.sum()
+        self.drift.total += (cosine * here).sum()
+        self.drift.least = torch.minimum(self.drift.least, torch.where(here, cosine, 1.0).min())
+
+    def evict(self, keep: int, now: int, sink_frames: int) -> None:
+        """Leave at most `keep` entries a row: those that stand for most tokens and were seen last; the sink stays."""
+        if self.bound <= keep:
+            return
+        filled = self.count > 0
+        score = self.count / (1.0 + now - self.frame)
+        score = torch.where(self.frame < sink_frames, torch.inf, score)
+        score = torch.where(filled, score, -1.0)
+        kept = torch.zeros_like(filled).scatter_(1, score.topk(keep, dim=1).indices, True)
+        self.evicted += torch.where(kept, 0, self.count).sum()
+        self.count = torch.where(kept, self.count, 0)
+        self.bound = keep
+
+    def settle(self) -> list[Entries]:
+        """Close the gaps, sort by multiplicity, and return each row as attention reads it."""
+        if self.owner is None:
+            return []
+        keys = torch.where(self.count > 0, self.count, torch.iinfo(torch.int32).max)
+        order = torch.argsort(keys, dim=1, stable=True)
+        for held in (self.k, self.v, self.centre, self.anchor):
+            if held is not None:
+                for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
+                    held[row] = held[row][order[row]]
+        self.count, self.frame = self.count.gather(1, order), self.frame.gather(1, order)
+        place = torch.empty_like(order).scatter_(
+            1, order, torch.arange(self.capacity, device=order.device).expand_as(order)
+        )
+        owner = place.gather(1, self.owner.clamp(min=0))
+        gone = (self.owner < 0) | (self.count.gather(1, owner) == 0)
+        self.owner = torch.where(gone, -1, owner)
+        self.used = (self.count > 0).sum(1)
+
+        most, self.bound = torch.stack([self.count.max().long(), self.used.max()]).tolist()
+        sizes = torch.zeros(self.rows, most + 1, dtype=torch.int64, device=order.device)
+        sizes.scatter_add_(1, self.count.long(), torch.ones_like(self.count, dtype=torch.int64))
+        frames = self.frame[:, : self.bound].to("cpu", torch.int64)
+        entries = []
+        for row, groups in enumerate(sizes.tolist()):
+            multiplicity = tuple((n, tokens) for tokens, n in enumerate(groups) if n and tokens)
+            filled = sum(n for n, _ in multiplicity)
+            k, v = (x[row : row + 1, :filled].unflatten(2, (self.heads, self.dim)) for x in (self.k, self.v))
+            entries.append(Entries(k, v, frames[row, :filled], multiplicity))
+        return entries
+
+    def _make_room(self, tokens: int) -> None:
+        needed = self.bound + tokens
+        if needed <= self.capacity:
+            return
+        more = max(needed, 2 * self.capacity) - self.capacity
+        for name in ("k", "v", "count", "frame", "anchor", "centre"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, torch.cat([held, held.new_zeros(self.rows, more, *held.shape[2:])], dim=1))
+
+
+def _flat(index_RT: Tensor, width: int) -> Tensor:
+    """Positions (R, T) within rows of `width` as positions in all of them put together, (R * T,)."""
+    rows = torch.arange(index_RT.shape[0], device=index_RT.device)[:, None] * width
+    return (index_RT + rows).flatten()
+
+
+def _pick(x_RTW: Tensor, index_RT: Tensor) -> Tensor:
+    return x_RTW.flatten(0, 1)[_flat(index_RT, x_RTW.shape[1])].view_as(x_RTW)
