@@ -1,27 +1,38 @@
 """TempCache merges what is alike, counts it, and stays exact where members are identical (FAST-AR, section 5.2)."""
 
+from math import log
 from types import SimpleNamespace
 
 import pytest
 import torch
 from oracle import assert_within, attention64
 
-from diffaccel import Grid, Site, TempCache
-from diffaccel.cache import Memory
-from diffaccel.kernel import KERNELS, merge
+from diffaccel import Grid, KnobError, RollingRebased, SinkRecent, Site, TempCache
+from diffaccel.cache import Entries, Extent, Memory
+from diffaccel.cache.budget import tokens_of
+from diffaccel.cache.merged import MergedTokens
+from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.kernel.weighted import over_entries
+from diffaccel.rotary import rotate
 
 T, HEADS, DIM = 6, 2, 16  # tokens a frame, heads, channels
+F32 = torch.float32
 
 
 def site(block, frames):
     return Site(0, "self", 4, 4, block, block * frames, "clean", "cond", Grid(frames, 2, 3))
 
 
-def fill(policy, frames_THD, block_frames=2):
+def fake_run(scratch):
+    return SimpleNamespace(scratch=lambda *_: scratch, fired=lambda *_: None, rotary=None, extent=extent())
+
+
+def fill(policy, frames_THD, block_frames=2, scratch=None, run=None):
     """Feed frames [(T, H, D) or (B, T, H, D)] of keys (also used as values) to one layer, block by block."""
-    memory, scratch = Memory(), {}
-    run = SimpleNamespace(scratch=lambda *_: scratch, fired=lambda *_: None)
+    scratch = {} if scratch is None else scratch
+    run = run or fake_run(scratch)
+    block = Grid(block_frames, 2, 3)
+    memory = Memory(policy.expected_tokens(len(frames_THD) * T, block))
     frames = [f if f.ndim == 4 else f[None] for f in frames_THD]
     for block in range(len(frames) // block_frames):
         k = torch.cat(frames[block * block_frames : (block + 1) * block_frames], dim=1)
@@ -103,7 +114,7 @@ def test_one_scale_for_all_layers():
     base = [torch.randn(T, HEADS, DIM)]
     base += [base[0] + 0.25]
     memories, scratch = [Memory(), Memory()], {}
-    run = SimpleNamespace(scratch=lambda *_: scratch, fired=lambda *_: None)
+    run = fake_run(scratch)
     for memory, length in zip(memories, (1, 2), strict=True):
         k = length * torch.cat(base)[None]
         memory.place(k, k, site(0, 2))
@@ -129,3 +140,206 @@ def test_exact_tier_keeps_order_while_it_grows_and_is_drained():
     assert torch.equal(taken.k, torch.cat(frames[:2], 1))
     assert torch.equal(memory.exact.past().entries.k, torch.cat(frames[2:], 1))
     assert memory.exact.past().entries.frames.tolist() == [f for f in range(2, 7) for _ in range(T)]
+
+
+def extent(frames=40, block=2, branches=1):
+    return Extent(frames, Grid(block, 2, 3), layers=1, heads=HEADS, head_dim=DIM, rows=1, branches=branches, dtype=F32)
+
+
+@pytest.mark.parametrize("representative", ["mean", "last", "medoid"])
+@pytest.mark.parametrize("seed", range(5))
+def test_any_grouping_is_kept_as_its_members_say(seed, representative):
+    """Random tokens stay, join or move to another token's entry; the entries are what grouping by hand gives."""
+    rng = torch.Generator().manual_seed(seed)
+    merged = MergedTokens(torch.zeros(1, T, HEADS, DIM), 4, representative)
+    groups, owner = [], None
+    for frame in range(7):
+        k = torch.randn(1, T, HEADS, DIM, generator=rng)
+        match = torch.randint(T, (1, T), generator=rng)
+        joins, similarity = torch.rand(1, T, generator=rng) < 0.6, torch.rand(1, T, generator=rng)
+        merged.absorb(k, k + 1, frame, joins, match, similarity, None)
+        following = []
+        for token in range(T):
+            if owner is not None and joins[0, token]:
+                following.append(owner[match[0, token]])
+            else:
+                groups.append([])
+                following.append(len(groups) - 1)
+        for token in sorted(range(T), key=lambda t: float(similarity[0, t])):
+            groups[following[token]].append(k[0, token])
+        owner = following
+        if frame % 3 == 2:
+            merged.settle()
+    [entries] = merged.settle()
+    order = sorted(range(len(groups)), key=lambda g: len(groups[g]))
+    assert entries.count == len(groups)
+    assert sum(n * m for n, m in entries.multiplicity) == 7 * T
+    assert sorted(len(g) for g in groups) == [m for n, m in entries.multiplicity for _ in range(n)]
+    want_v = torch.stack([torch.stack(groups[g]).mean(0) + 1 for g in order])
+    found = entries.v[0].flatten(1)
+    nearest = (want_v.flatten(1)[:, None] - found).norm(dim=2).min(dim=1)
+    assert nearest.values.max() < 1e-4
+    assert len(set(nearest.indices.tolist())) == len(groups)
+    keys = entries.k[0][nearest.indices]
+    for key, group in zip(keys, (groups[g] for g in order), strict=True):
+        if representative == "mean":
+            torch.testing.assert_close(key, torch.stack(group).mean(0))
+        elif representative == "last":
+            assert torch.equal(key, group[-1])
+        else:
+            assert any(torch.equal(key, member) for member in group)
+
+
+def test_merged_attention_equals_dense_over_duplicates_and_a_base_two_lse_would_not():
+    """Keys m times over, m in 1..8: grouped reads with log m, output and log-sum-exp (oracles 1 to 4)."""
+    k, v = torch.randn(8, HEADS, DIM), torch.randn(8, HEADS, DIM)
+    times = torch.arange(1, 9)
+    entries = Entries(k[None], v[None], None, tuple((1, int(m)) for m in times))
+    q = torch.randn(1, 5, HEADS, DIM)
+    every = torch.repeat_interleave(torch.arange(8), times)
+    out, lse = attention64(q, k[every][None], v[every][None], scale=0.3)
+    parts = [KERNELS["reference"].partial(q, a, b, scale=0.3) for a, b, _ in entries.groups()]
+    grouped = merge([Partial(p.out, p.lse + log(m)) for p, m in zip(parts, times.tolist(), strict=True)])
+    wide_q = torch.cat([q, torch.ones(1, 5, HEADS, 1)], dim=-1)
+    column = (times.log() / 0.3)[None, :, None, None].expand(1, 8, HEADS, 1)
+    widened = KERNELS["reference"].partial(wide_q, torch.cat([k[None], column], dim=-1), v[None], scale=0.3)
+    bias = over_entries(KERNELS["sdpa"], q, entries, 0.3, None)
+    for found in (grouped, widened, bias):
+        assert_within(found.out, out, F32, inputs=4)
+        assert_within(found.lse, lse, F32)
+    wrong = merge([Partial(p.out, p.lse / log(2) + log(m)) for p, m in zip(parts, times.tolist(), strict=True)])
+    assert (wrong.out - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold):
+    policy = TempCache(threshold=threshold, budget=f"{3 + 2 + 2 + 4} frames", sink_frames=3)
+    frames = [torch.randn(T, HEADS, DIM) for _ in range(24)]
+    for stop in range(2, 25, 2):
+        memory = fill(policy, frames[:stop])
+        assert memory.count + 2 * T <= 11 * T
+        kept = torch.cat(
+            [tier.entries.frames if hasattr(tier, "entries") else tier.rows[0].frames for tier in memory.past()]
+        )
+        assert {f for f in (0, 1, 2, stop - 2, stop - 1) if f < stop} <= set(kept.tolist())
+    assert kept.unique().tolist() == [0, 1, 2, *range(18, 24)]  # nothing merged, so the oldest went first
+
+
+def test_what_is_seen_often_outlives_what_was_seen_once():
+    still = torch.randn(T // 2, HEADS, DIM)
+    frames = [torch.cat([still, torch.randn(T // 2, HEADS, DIM)]) for _ in range(20)]
+    scratch = {}
+    memory = fill(TempCache(threshold=0.99, budget="6 frames"), frames, scratch=scratch)
+    [row] = memory.older[0].rows
+    assert row.multiplicity[-1] == (T // 2, 18)
+    merged = scratch["state"].merged
+    assert int(merged.evicted) == 18 * T - sum(n * m for n, m in row.multiplicity) > 0
+
+
+def test_a_token_whose_match_was_evicted_becomes_an_entry():
+    frames = [torch.randn(T, HEADS, DIM)] * 2
+    merged = MergedTokens(torch.zeros(1, T, HEADS, DIM), 2 * T, "mean")
+    cells, all_join = torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool)
+    merged.absorb(frames[0][None], frames[0][None], 0, all_join, cells, torch.ones(1, T), None)
+    merged.evict(T - 2, 1, 0)
+    merged.settle()
+    merged.absorb(frames[1][None], frames[1][None], 1, all_join, cells, torch.ones(1, T), None)
+    [entries] = merged.settle()
+    assert entries.multiplicity == ((2, 1), (T - 2, 2))
+
+
+def test_max_multiplicity_starts_a_new_entry():
+    memory = fill(TempCache(threshold=0.9, recent_frames=0, max_multiplicity=4), [torch.randn(T, HEADS, DIM)] * 10)
+    assert memory.older[0].rows[0].multiplicity == ((T, 2), (2 * T, 4))
+
+
+def test_thresholds_differ_between_layers():
+    frame = torch.randn(T, HEADS, DIM)
+    memories, scratch = [Memory(), Memory()], {}
+    for memory in memories:
+        k = torch.cat([frame, frame + 0.2])[None]
+        memory.place(k, k, site(0, 2))
+        memory.finish_block(2 * T)
+    TempCache(threshold=(0.5, 1.0), recent_frames=0).commit(memories, site(0, 2), fake_run(scratch))
+    assert [memory.count for memory in memories] == [T, 2 * T]
+
+
+def test_the_papers_variant_compares_unrotated_keys_and_keeps_the_newest():
+    """One patch at one place, rotated by its frame: far apart as read, the same once the rotation is undone."""
+    still = torch.randn(T, HEADS, DIM)
+    angles = torch.arange(4.0)[:, None] * torch.linspace(3.0, 0.5, DIM // 2)
+    tables = [(f(angles).repeat_interleave(2, 1)[:, None, None], f) for f in (torch.cos, torch.sin)]
+    cos, sin = (table.repeat_interleave(T, 0).view(2, 1, 2 * T, 1, DIM) for table, _ in tables)
+    frames = [rotate(still.repeat(2, 1, 1)[None], cos[block], sin[block]).view(2, T, HEADS, DIM) for block in (0, 1)]
+    policy = TempCache(threshold=0.999, variant="paper", match="cell", recent_frames=0)
+    memory = Memory()
+    run = fake_run({})
+    for block in (0, 1):
+        k = frames[block].flatten(0, 1)[None]
+        run.rotary = cos[block], sin[block]
+        memory.place(k, k, site(block, 2))
+        memory.finish_block(2 * T)
+        policy.commit([memory], site(block, 2), run)
+    [row] = memory.older[0].rows
+    assert row.multiplicity == ((T, 4),)
+    torch.testing.assert_close(row.k[0], frames[1][1])
+    phase = fill(TempCache(threshold=0.9, recent_frames=0), list(torch.cat(frames)))
+    assert phase.count == 4 * T
+
+
+def test_queries_propose_and_keys_decide():
+    """The second frame is the first one shuffled; queries that read what is theirs find it, key by key."""
+    first, order = (
+        torch.nn.functional.normalize(torch.randn(T, HEADS * DIM), dim=1).view(T, HEADS, DIM),
+        torch.randperm(T),
+    )
+    memory = Memory(keep_queries=True)
+    k = torch.cat([first, first[order]])[None]
+    memory.place(k, k, site(0, 2), queries=3 * k)
+    memory.finish_block(2 * T)
+    TempCache(0.99, variant="paper", recent_frames=0).commit([memory], site(0, 2), fake_run({}))
+    assert memory.older[0].rows[0].multiplicity == ((T, 2),)
+
+
+BUDGETS = [
+    (40, 40),
+    ("5 frames", 5 * T),
+    ("1 frame", T),
+    ("1kB", 1000 // (2 * HEADS * DIM * 4)),
+    ("0.5 KiB", 512 // 256),
+]
+
+
+@pytest.mark.parametrize(("budget", "tokens"), BUDGETS)
+def test_budgets_in_tokens_frames_and_bytes(budget, tokens):
+    assert tokens_of(budget, extent()) == tokens
+    assert tokens_of(budget, extent(branches=2)) == (tokens // 2 if "B" in str(budget) else tokens)
+
+
+def test_a_budget_too_small_is_refused_with_its_arithmetic():
+    with pytest.raises(KnobError, match=r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens.*holds 24 tokens.*budget='4 frames'"):
+        TempCache(budget="4 frames", sink_frames=1).check(extent())
+    TempCache(budget="5 frames", sink_frames=1).check(extent())
+    with pytest.raises(KnobError, match="one value for each of the 1 layers"):
+        TempCache(threshold=(0.9, 0.8)).check(extent())
+
+
+def test_sink_recent_and_its_buffer_stay_at_their_size():
+    frames = [torch.randn(T, HEADS, DIM) for _ in range(60)]
+    policy = SinkRecent(recent_frames=4, sink_frames=1)
+    memory = fill(policy, frames)
+    assert memory.count == 5 * T
+    assert memory.exact.past().entries.frames.unique().tolist() == [0, 56, 57, 58, 59]
+    assert torch.equal(memory.exact.past().entries.k[0, :T], frames[0])
+    assert memory.bytes == fill(policy, frames[:16]).bytes
+
+
+def test_a_rebased_sink_stands_before_the_newest_frames():
+    """`later` here adds the number of frames, so that the distance moved can be read off."""
+    frames = [torch.randn(T, HEADS, DIM) for _ in range(12)]
+    run = fake_run({})
+    run.later = lambda k, n: k + n
+    memory = fill(RollingRebased(recent_frames=4, sink_frames=2), frames, run=run)
+    k = memory.exact.past().entries.k[0]
+    torch.testing.assert_close(k[: 2 * T], torch.cat(frames[:2]) + 6)
+    assert torch.equal(k[2 * T :], torch.cat(frames[8:]))

@@ -67,9 +67,14 @@ class MergedTokens:
         held = (self.k, self.v, self.count, self.frame, self.anchor, *([] if self.centre is None else [self.centre]))
         return sum(t.numel() * t.element_size() for t in held)
 
-    def absorb(self, k: Tensor, v: Tensor, frame: int, joins: Tensor, match: Tensor, most: int | None) -> None:
+    def absorb(
+        self, k: Tensor, v: Tensor, frame: int, joins: Tensor, match: Tensor, similarity: Tensor, most: int | None
+    ) -> None:
         """Take one frame (R, T, H, D): where `joins` (R, T), token t joins the entry of token `match` (R, T) of the
-        frame before, unless that entry is gone or stands for `most` tokens; the others become entries."""
+        frame before, unless that entry is gone or stands for `most` tokens; the others become entries.
+
+        Of several tokens that join one entry, the most similar one is the last.
+        """
         self._make_room(self.tokens)
         if self.owner is None:
             target, joins = torch.zeros_like(match), torch.zeros_like(joins)
@@ -89,10 +94,7 @@ class MergedTokens:
         after = self.count.gather(1, target)
         self.frame.scatter_(1, target, torch.full_like(target, frame, dtype=torch.int32))
         where = _flat(target, self.capacity)
-        # Of several tokens that join one entry, the first speaks for all of them.
-        index = torch.arange(self.tokens, device=k.device).expand_as(target)
-        leader = torch.full_like(self.count, self.tokens, dtype=torch.int64).scatter_reduce_(1, target, index, "amin")
-        leader = leader.gather(1, target)
+        leader = self._leaders(target, similarity)
         k, v = k.flatten(2), v.flatten(2)
         self._move_mean(self.v, v, where, leader, before, after)
         if self.representative == "mean":
@@ -110,6 +112,15 @@ class MergedTokens:
             held[where] = torch.where((nearer | (before == 0).flatten())[:, None], new, old)
         self._note_drift(k, where, joins)
         self.owner = target
+
+    def _leaders(self, target: Tensor, similarity: Tensor) -> Tensor:
+        """For each token the one that speaks for all that join its entry: the most similar, of equal ones the first."""
+        best = torch.full_like(self.count, -torch.inf, dtype=torch.float32)
+        best.scatter_reduce_(1, target, similarity, "amax")
+        index = torch.arange(self.tokens, device=target.device).expand_as(target)
+        index = torch.where(similarity >= best.gather(1, target), index, self.tokens)
+        leader = torch.full_like(self.count, self.tokens, dtype=torch.int64)
+        return leader.scatter_reduce_(1, target, index, "amin").gather(1, target)
 
     def _move_mean(
         self, held: Tensor, new: Tensor, where: Tensor, leader: Tensor, before: Tensor, after: Tensor

@@ -157,7 +157,7 @@ class TempCache(CachePolicy):
             part, frame = slice(start, start + per_frame), int(frames[start])
             match, similarity = state.links.pop(frame)
             joins = self._joins(similarity, frame, len(memories))
-            state.merged.absorb(k[:, part], v[:, part], frame, joins, match, self.max_multiplicity)
+            state.merged.absorb(k[:, part], v[:, part], frame, joins, match, similarity, self.max_multiplicity)
         if limit is not None:
             state.merged.evict(limit, site.start, self.sink_frames)
         rows = state.merged.settle()
