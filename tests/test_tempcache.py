@@ -317,7 +317,9 @@ def test_budgets_in_tokens_frames_and_bytes(budget, tokens):
 
 
 def test_a_budget_too_small_is_refused_with_its_arithmetic():
-    with pytest.raises(KnobError, match=r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens.*holds 24 tokens.*budget='4 frames'"):
+    with pytest.raises(
+        KnobError, match=r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens, 7.68 kB in all layers.*holds 24 tokens.*budget='4 frames'"
+    ):
         TempCache(budget="4 frames", sink_frames=1).check(extent())
     TempCache(budget="5 frames", sink_frames=1).check(extent())
     with pytest.raises(KnobError, match="one value for each of the 1 layers"):

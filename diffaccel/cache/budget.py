@@ -46,6 +46,12 @@ def parse_budget(budget: int | str) -> tuple[float, str]:
     return amount, unit
 
 
+def readable(size: int) -> str:
+    """Bytes in the largest unit of which there is one."""
+    unit = next((name for name in ("GB", "MB", "kB") if size >= _UNITS[name.lower()]), "bytes")
+    return f"{size / _UNITS.get(unit.lower(), 1):.3g} {unit}"
+
+
 def tokens_of(budget: int | str, extent: Extent) -> int:
     """Tokens a layer may hold under `budget`."""
     amount, unit = parse_budget(budget)

@@ -12,7 +12,7 @@ from ..grid import Grid
 from ..policy import CachePolicy, knob
 from ..rotary import unrotate
 from ..site import Site
-from .budget import Extent, parse_budget, tokens_of
+from .budget import Extent, parse_budget, readable, tokens_of
 from .memory import Memory
 from .merged import MergedTokens
 from .tiers import RowTier
@@ -119,7 +119,7 @@ class TempCache(CachePolicy):
             held >= needed,
             f"budget must hold {self.sink_frames} sink frames, {recent} recent ones and the {block} of the block at "
             f"work: ({self.sink_frames} + {recent} + {block}) x {per_frame} = {needed} tokens, "
-            f"{needed * extent.bytes_per_token / 1e9:.2f} GB in all layers; it holds {held} tokens",
+            f"{readable(needed * extent.bytes_per_token)} in all layers; it holds {held} tokens",
             budget=self.budget,
         )
 
