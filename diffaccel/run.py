@@ -257,6 +257,19 @@ class Run:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
+    def frames_kept(self) -> set[int]:
+        """Latent frames that some layer still holds an entry of (the newest frame of a merged one)."""
+        tiers = (tier for memory in self._memories.values() for tier in memory.past() if tier.count)
+        return {frame for tier in tiers for frames in tier.frames() for frame in frames.unique().tolist()}
+
+    def flush(self) -> None:
+        """Drop every cache and what its policy knows, in the middle of a generation."""
+        self._memories.clear()
+        self._stored.clear()
+        for slot, branch in list(self._scratch):
+            if slot == "cache":
+                del self._scratch[slot, branch]
+
     def forget(self) -> None:
         """Drop everything remembered of earlier blocks; counters stay."""
         self._memories.clear()

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,7 @@ class CausalWanPipeline(WanPipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         callback_on_chunk_end: Callable[..., dict | None] | None = None,
+        on_prompt_change: inputs.PromptChange = "keep",
         max_sequence_length: int = 512,
     ) -> WanPipelineOutput | tuple:
         """Generates a video. Arguments not listed are `WanPipeline`'s.
@@ -142,6 +144,10 @@ class CausalWanPipeline(WanPipeline):
                 block, before it is committed; `tensors` has "latents" (the block), "prompt_embeds" and, under
                 guidance, "negative_prompt_embeds". Returned latents replace the block, embeddings hold from the
                 next forward on.
+            on_prompt_change: what becomes of the cache when the prompt changes between two blocks: "keep" it, as it
+                was computed under the earlier prompt; "recompute" it, by running the blocks it still holds something
+                of under the new one (LongLive's KV-recache, arXiv 2509.22622, section 3.2); "flush" it, so that the
+                next block remembers the last one only.
 
         Returns:
             `WanPipelineOutput` whose `frames` are the video, or a tuple of it if not `return_dict`.
@@ -173,8 +179,14 @@ class CausalWanPipeline(WanPipeline):
         ]
         return self.video_processor.postprocess_video(streaming.decode(self.vae, blocks), output_type=output_type)
 
-    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def stream(self, *args: Any, **kwargs: Any) -> streaming.Stream:
         """Generates as `__call__` with the same arguments does, and yields every block's frames as soon as they exist.
+
+            stream = pipe.stream("a red ball rolls left", num_frames=241)
+            for frames in stream:
+                show(frames)
+                if impatient:
+                    stream.change_prompt("the red ball turns blue")  # from the next block on
 
         Put together along time the chunks are the frames of `__call__`; the first has 4n - 3 frames for n latent ones,
         the others 4n. Bad arguments raise here, not at the first chunk. Between two chunks the pipeline stays
@@ -193,7 +205,21 @@ class CausalWanPipeline(WanPipeline):
         except BaseException:
             self.maybe_free_model_hooks()
             raise
-        return self._stream(rollout, decoder)
+        return streaming.Stream(self._stream(rollout, decoder), partial(self._change_prompt, rollout))
+
+    @torch.no_grad()
+    def _change_prompt(self, rollout: Rollout, prompt: Any, negative_prompt: Any) -> None:
+        given = {"prompt": prompt, "prompt_embeds": None}
+        if negative_prompt is not None:
+            given |= {"negative_prompt": negative_prompt, "negative_prompt_embeds": None}
+        call = SimpleNamespace(**vars(rollout.call) | given)
+        inputs.check(self, call, self.config["sampler"], self.config["frames_per_block"])
+        if inputs.prompt_count(call) != inputs.prompt_count(rollout.call):
+            raise KnobError(
+                f"a stream of {inputs.prompt_count(rollout.call)} prompts goes on with as many, "
+                f"got {inputs.prompt_count(call)}"
+            )
+        rollout.embeds.update(self._encode_prompts(call))
 
     @torch.no_grad()
     def _stream(self, rollout: Rollout, decoder: streaming.StreamingDecoder | None) -> Iterator[Any]:
@@ -230,7 +256,7 @@ class CausalWanPipeline(WanPipeline):
                         raise UnsupportedError(
                             "the Accel this stream began under was left and its cache is gone; exhaust streams inside"
                         )
-                    block = rollout.latents[:, :, frames.start : frames.stop]
+                    block, prompt = rollout.latents[:, :, frames.start : frames.stop], rollout.embeds["cond"]
                     if index >= rollout.given:
                         with run.clock("denoise"):
                             denoised = self._denoise_block(rollout, run, index, block, bar)
@@ -240,6 +266,8 @@ class CausalWanPipeline(WanPipeline):
                         return
                     if frames.stop < total:
                         with run.clock("denoise"):
+                            if rollout.embeds["cond"] is not prompt:
+                                self._prompt_changed(rollout, run, index)
                             self._commit_block(rollout, run, index)
         finally:
             self._generating = False
@@ -283,6 +311,18 @@ class CausalWanPipeline(WanPipeline):
         context = rollout.latents if rollout.history is None else rollout.history
         context = context[:, :, frames.start : frames.stop]
         self._predict(rollout, run, index, context, context.new_zeros(()), rollout.steps, "clean")
+
+    def _prompt_changed(self, rollout: Rollout, run: Run, index: int) -> None:
+        """Before block `index` is committed under a new prompt: keep, recompute or drop what earlier ones left."""
+        how = rollout.call.on_prompt_change
+        if how == "keep":
+            return
+        held = run.frames_kept()
+        run.flush()
+        if how == "recompute":
+            for earlier, frames in enumerate(rollout.blocks[:index]):
+                if not held.isdisjoint(frames):
+                    self._commit_block(rollout, run, earlier)
 
     def _predict(
         self, rollout: Rollout, run: Run, index: int, latents: Tensor, t: Tensor, step: int, phase: Phase

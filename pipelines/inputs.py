@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from diffaccel.errors import KnobError
 from diffaccel.suggest import choose
 
 Sampler = Literal["multistep", "few_step"]
+PromptChange = Literal["keep", "recompute", "flush"]
 SAMPLERS = ("multistep", "few_step")
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 DEFAULT_STEPS = {"multistep": 50, "few_step": 4}
@@ -57,6 +58,7 @@ def check(pipe: WanPipeline, call: SimpleNamespace, sampler: str, frames_per_blo
     """Refuses arguments that break a rule, before anything is computed."""
     choose(sampler, SAMPLERS, "sampler")
     choose(call.output_type, OUTPUT_TYPES, "output_type")
+    choose(call.on_prompt_change, get_args(PromptChange), "on_prompt_change")
     check_frames("num_frames", call.num_frames, pipe.vae_scale_factor_temporal)
     patch = pipe.transformer.config.patch_size
     check_size("height", call.height, lcm(16, pipe.vae_scale_factor_spatial * patch[1]))

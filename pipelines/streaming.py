@@ -6,7 +6,8 @@ frames in a list while it decodes a whole video, one latent frame a call, and dr
 a call where they are small: the same convolutions, three to four times faster on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
@@ -57,6 +58,27 @@ def decode(vae: AutoencoderKLWan, blocks: Sequence[Tensor]) -> Tensor:
         return vae.decode(unnormalise(vae, torch.cat(list(blocks), dim=2)), return_dict=False)[0]
     decoder = StreamingDecoder(vae)
     return torch.cat([decoder.decode(block) for block in blocks], dim=2)
+
+
+class Stream(Iterator[Any]):
+    """The chunks of one video, as they are generated; between two of them the prompt may change."""
+
+    def __init__(self, chunks: Generator[Any, None, None], change: Callable[[Any, Any], None]) -> None:
+        self._chunks, self._change = chunks, change
+
+    def __next__(self) -> Any:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """End the video here and restore the pipeline."""
+        self._chunks.close()
+
+    def change_prompt(self, prompt: str | list[str], negative_prompt: str | list[str] | None = None) -> None:
+        """Go on with another prompt from the next block on; the cache becomes what `on_prompt_change` says.
+
+        Raises `ValueError` for a prompt the pipeline would refuse, or another number of them.
+        """
+        self._change(prompt, negative_prompt)
 
 
 class StreamingDecoder:

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import CHANNELS, HEIGHT, TEXT_DIM, WIDTH, tiny_components, tiny_pipeline
 
-from diffaccel import Accel
+from diffaccel import Accel, SinkRecent
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import CausalWanPipeline, block_ranges
 from diffaccel.pipelines.inputs import block_schedule
@@ -450,6 +450,88 @@ def test_stream_does_not_outlive_its_accel(pipe):
     with pytest.raises(UnsupportedError, match="was left"):
         next(stream)
     generate(pipe)
+
+
+# -- another prompt in the middle ---------------------------------------------------------------------------------
+
+
+def switched(pipe, how, after=1, accel=None, **changes):
+    """A stream whose prompt changes once `after` chunks are out; the latents, and the run."""
+    with (accel or Accel())(pipe) as run:
+        stream = pipe.stream(PROMPT, generator=seed(), on_prompt_change=how, **{**SETTINGS, **changes})
+        chunks = [next(stream) for _ in range(after)]
+        stream.change_prompt(OTHER)
+        chunks += list(stream)
+    return torch.cat(chunks, dim=2), run
+
+
+def test_a_changed_prompt_holds_from_the_next_block_on(pipe):
+    before = generate(pipe)
+    found, _ = switched(pipe, "keep", after=2)
+    embeds = pipe.encode_prompt(OTHER, None, False, max_sequence_length=8)[0]
+
+    def change(pipe, block, blocks, tensors):
+        return {"prompt_embeds": embeds} if block == 1 else None
+
+    assert torch.equal(found[:, :, :4], before[:, :, :4])
+    assert distance(found[:, :, 4:], before[:, :, 4:]) > 1e-3
+    torch.testing.assert_close(found, generate(pipe, callback_on_chunk_end=change), atol=1e-5, rtol=0)
+
+
+def test_a_recomputed_cache_is_that_of_the_new_prompt(pipe):
+    found, _ = switched(pipe, "recompute", after=2)
+    everything_new = generate(pipe, OTHER, history=found)
+    assert torch.equal(found[:, :, 4:], everything_new[:, :, 4:])
+    kept, _ = switched(pipe, "keep", after=2)
+    assert distance(found[:, :, 4:], kept[:, :, 4:]) > 1e-5
+
+
+def test_a_flushed_cache_holds_the_last_block_only(pipe):
+    counts = []
+
+    def count(pipe, step, timestep, tensors):
+        counts.append(max(memory.count for memory in run._memories.values()) // TOKENS)
+        return {}
+
+    with Accel()(pipe) as run:
+        settings = {**SETTINGS, "num_frames": 37, "on_prompt_change": "flush", "callback_on_step_end": count}
+        stream = pipe.stream(PROMPT, generator=seed(), **settings)
+        next(stream), next(stream)
+        stream.change_prompt(OTHER)
+        assert torch.isfinite(torch.cat(list(stream), dim=2)).all()
+    assert counts[:: SETTINGS["num_inference_steps"]] == [0, 1, 3, 6]
+
+
+def test_only_blocks_still_held_are_recomputed(pipe):
+    clean = []
+    forward = pipe.transformer.forward
+
+    def watch(*args, **kwargs):
+        if float(kwargs["timestep"].max()) == 0:
+            clean.append(pipe)
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = watch
+    try:
+        accel = Accel(cache=SinkRecent(recent_frames=3, sink_frames=1))
+        switched(pipe, "recompute", after=4, accel=accel, num_frames=61, guidance_scale=1.0)
+    finally:
+        del pipe.transformer.forward
+    # five commits as usual; at the change after the fourth block, blocks 0 (the sink) and 2 again
+    assert len(clean) == 5 + 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("  ", "may not be empty"), ([OTHER, OTHER], "1 prompts goes on with as many, got 2")]
+)
+def test_a_bad_change_is_refused_and_the_stream_goes_on(pipe, prompt, message):
+    stream = pipe.stream(PROMPT, generator=seed(), **SETTINGS)
+    first = next(stream)
+    with pytest.raises(ValueError, match=message):
+        stream.change_prompt(prompt)
+    assert torch.equal(torch.cat([first, *stream], dim=2), generate(pipe))
+    with pytest.raises(ValueError, match="did you mean 'flush'"):
+        generate(pipe, on_prompt_change="flsh")
 
 
 def test_gradients_are_off_only_inside(pipe):

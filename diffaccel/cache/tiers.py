@@ -24,6 +24,10 @@ class Tier(Protocol):
 
     def partial(self, q: Tensor, read: Reader) -> Partial: ...
 
+    def frames(self) -> list[Tensor]:
+        """Latent frame of every entry, (N,) on the host, of each batch row that differs."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
@@ -41,6 +45,9 @@ class Fixed:
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         return read(q, self.entries)
+
+    def frames(self) -> list[Tensor]:
+        return [] if self.entries.frames is None else [self.entries.frames]
 
 
 class ExactTier:
@@ -138,3 +145,6 @@ class RowTier:
         if len(parts) == 1:
             return parts[0]
         return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def frames(self) -> list[Tensor]:
+        return [row.frames for row in self.rows if row.frames is not None]
