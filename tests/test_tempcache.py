@@ -9,8 +9,9 @@ from oracle import assert_within, attention64
 
 from diffaccel import Grid, KnobError, RollingRebased, SinkRecent, Site, TempCache
 from diffaccel.cache import Entries, Extent, Memory
-from diffaccel.cache.budget import tokens_of
+from diffaccel.cache.budget import room_for
 from diffaccel.cache.merged import MergedTokens
+from diffaccel.cache.store import Quantised
 from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.kernel.weighted import over_entries
 from diffaccel.rotary import rotate
@@ -75,13 +76,13 @@ def test_only_what_stays_alike_merges_and_the_mean_is_over_members():
     drift = [still + 0.01 * i for i in range(4)]
     frames = [torch.cat([drift[i][None], moving[i]]) for i in range(4)]
     memory = fill(TempCache(threshold=0.9, recent_frames=0), frames)
-    [row] = memory.older[0].rows
+    [row] = [row.entries() for row in memory.older[0].rows]
     assert row.multiplicity == ((4 * (T - 1), 1), (1, 4))
     torch.testing.assert_close(row.k[0, -1], torch.stack(drift).mean(0))
     torch.testing.assert_close(row.v[0, -1], torch.stack(drift).mean(0) + 1)
     assert row.frames[-1] == 3
     last = fill(TempCache(threshold=0.9, recent_frames=0, representative="last"), frames)
-    torch.testing.assert_close(last.older[0].rows[0].k[0, -1], drift[3])
+    torch.testing.assert_close(last.older[0].rows[0].entries().k[0, -1], drift[3])
 
 
 def test_several_tokens_may_join_one_entry():
@@ -151,7 +152,7 @@ def extent(frames=40, block=2, branches=1):
 def test_any_grouping_is_kept_as_its_members_say(seed, representative):
     """Random tokens stay, join or move to another token's entry; the entries are what grouping by hand gives."""
     rng = torch.Generator().manual_seed(seed)
-    merged = MergedTokens(torch.zeros(1, T, HEADS, DIM), 4, representative)
+    merged = MergedTokens(*[torch.zeros(1, T, HEADS, DIM)] * 2, 4, representative)
     groups, owner = [], None
     for frame in range(7):
         k = torch.randn(1, T, HEADS, DIM, generator=rng)
@@ -170,7 +171,8 @@ def test_any_grouping_is_kept_as_its_members_say(seed, representative):
         owner = following
         if frame % 3 == 2:
             merged.settle()
-    [entries] = merged.settle()
+    [row] = merged.settle()
+    entries = row.entries()
     order = sorted(range(len(groups)), key=lambda g: len(groups[g]))
     assert entries.count == len(groups)
     assert sum(n * m for n, m in entries.multiplicity) == 7 * T
@@ -218,9 +220,7 @@ def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold):
     for stop in range(2, 25, 2):
         memory = fill(policy, frames[:stop])
         assert memory.count + 2 * T <= 11 * T
-        kept = torch.cat(
-            [tier.entries.frames if hasattr(tier, "entries") else tier.rows[0].frames for tier in memory.past()]
-        )
+        kept = torch.cat([tier.frames()[0] for tier in memory.past()])
         assert {f for f in (0, 1, 2, stop - 2, stop - 1) if f < stop} <= set(kept.tolist())
     assert kept.unique().tolist() == [0, 1, 2, *range(18, 24)]  # nothing merged, so the oldest went first
 
@@ -230,7 +230,7 @@ def test_what_is_seen_often_outlives_what_was_seen_once():
     frames = [torch.cat([still, torch.randn(T // 2, HEADS, DIM)]) for _ in range(20)]
     scratch = {}
     memory = fill(TempCache(threshold=0.99, budget="6 frames"), frames, scratch=scratch)
-    [row] = memory.older[0].rows
+    [row] = [row.entries() for row in memory.older[0].rows]
     assert row.multiplicity[-1] == (T // 2, 18)
     merged = scratch["state"].merged
     assert int(merged.evicted) == 18 * T - sum(n * m for n, m in row.multiplicity) > 0
@@ -238,13 +238,14 @@ def test_what_is_seen_often_outlives_what_was_seen_once():
 
 def test_a_token_whose_match_was_evicted_becomes_an_entry():
     frames = [torch.randn(T, HEADS, DIM)] * 2
-    merged = MergedTokens(torch.zeros(1, T, HEADS, DIM), 2 * T, "mean")
+    merged = MergedTokens(*[torch.zeros(1, T, HEADS, DIM)] * 2, 2 * T, "mean")
     cells, all_join = torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool)
     merged.absorb(frames[0][None], frames[0][None], 0, all_join, cells, torch.ones(1, T), None)
     merged.evict(T - 2, 1, 0)
     merged.settle()
     merged.absorb(frames[1][None], frames[1][None], 1, all_join, cells, torch.ones(1, T), None)
-    [entries] = merged.settle()
+    [row] = merged.settle()
+    entries = row.entries()
     assert entries.multiplicity == ((2, 1), (T - 2, 2))
 
 
@@ -280,7 +281,7 @@ def test_the_papers_variant_compares_unrotated_keys_and_keeps_the_newest():
         memory.place(k, k, site(block, 2))
         memory.finish_block(2 * T)
         policy.commit([memory], site(block, 2), run)
-    [row] = memory.older[0].rows
+    [row] = [row.entries() for row in memory.older[0].rows]
     assert row.multiplicity == ((T, 4),)
     torch.testing.assert_close(row.k[0], frames[1][1])
     phase = fill(TempCache(threshold=0.9, recent_frames=0), list(torch.cat(frames)))
@@ -301,25 +302,30 @@ def test_queries_propose_and_keys_decide():
     assert memory.older[0].rows[0].multiplicity == ((T, 2),)
 
 
-BUDGETS = [
-    (40, 40),
-    ("5 frames", 5 * T),
-    ("1 frame", T),
-    ("1kB", 1000 // (2 * HEADS * DIM * 4)),
-    ("0.5 KiB", 512 // 256),
-]
+BUDGETS = [(40, 40), ("5 frames", 5 * T), ("1 frame", T), ("1kB", 1000 // 256), ("0.5 KiB", 512 // 256)]
 
 
 @pytest.mark.parametrize(("budget", "tokens"), BUDGETS)
 def test_budgets_in_tokens_frames_and_bytes(budget, tokens):
-    assert tokens_of(budget, extent()) == tokens
-    assert tokens_of(budget, extent(branches=2)) == (tokens // 2 if "B" in str(budget) else tokens)
+    size = extent().bytes_per_token
+    assert size == 2 * HEADS * DIM * 4 == 256
+    assert room_for(budget, extent(), 0, size) == tokens
+    assert room_for(budget, extent(), 1, size) == tokens - 1
+    two = extent(branches=2)
+    assert room_for(budget, two, 0, two.bytes_per_token) == (tokens // 2 if "B" in str(budget) else tokens)
+
+
+def test_a_budget_in_bytes_holds_more_where_entries_are_quantised():
+    frames = [torch.randn(T, HEADS, DIM) for _ in range(40)]
+    counts = [fill(TempCache(None, budget="12kB", bits=bits), frames).count for bits in (None, 8, 4)]
+    assert counts[0] < counts[1] < counts[2]
+    for bits in (None, 8, 4):
+        assert fill(TempCache(None, budget="12kB", bits=bits), frames).bytes <= 12_000 + 4 * T * 256 + 600
 
 
 def test_a_budget_too_small_is_refused_with_its_arithmetic():
-    with pytest.raises(
-        KnobError, match=r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens, 7.68 kB in all layers.*holds 24 tokens.*budget='4 frames'"
-    ):
+    said = r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens, 7.68 kB in all layers, got budget='4 frames'"
+    with pytest.raises(KnobError, match=said):
         TempCache(budget="4 frames", sink_frames=1).check(extent())
     TempCache(budget="5 frames", sink_frames=1).check(extent())
     with pytest.raises(KnobError, match="one value for each of the 1 layers"):
@@ -345,3 +351,35 @@ def test_a_rebased_sink_stands_before_the_newest_frames():
     k = memory.exact.past().entries.k[0]
     torch.testing.assert_close(k[: 2 * T], torch.cat(frames[:2]) + 6)
     assert torch.equal(k[2 * T :], torch.cat(frames[8:]))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_quantised_store_is_as_close_as_its_steps_and_keeps_what_it_is_given_back(bits):
+    x = torch.randn(3, 10, HEADS, DIM) * torch.tensor([1.0, 30.0]).repeat(DIM // 2)  # every other channel is large
+    store = Quantised(x, 12, bits, channels=True)
+    where = torch.arange(12).expand(3, 12)[:, :10] + 12 * torch.arange(3)[:, None]
+    store.write(where.flatten(), x.flatten(2).flatten(0, 1))
+    size = x.abs().amax(dim=1, keepdim=True)
+    scaled = x / size
+    step = (scaled.amax(-1) - scaled.amin(-1)) / (2**bits - 1)
+    for row in range(3):
+        error = (store.rows(row, 10)[0] - x[row]).abs() / size[row]
+        assert (error <= 0.5 * step[row][..., None] + 2e-3).all()
+        assert error.max() > 0
+    held = store.read(where.flatten())
+    store.write(where.flatten(), held)
+    torch.testing.assert_close(store.read(where.flatten()), held, atol=2e-3 * 90, rtol=0)
+    store.reorder(0, torch.arange(12).flip(0))
+    assert torch.equal(store.rows(0, 12)[0, -1], held[0].unflatten(0, (HEADS, DIM)))
+    store.grow(4)
+    assert torch.equal(store.rows(1, 10)[0].flatten(1), held[10:20])
+    assert store.bytes < 4 * 3 * 16 * HEADS * DIM * (bits / 32 + 0.15)
+
+
+def test_eight_bits_hardly_change_attention_and_two_do():
+    frames = [torch.randn(T, HEADS, DIM) for _ in range(20)]
+    q, k = torch.randn(1, 9, HEADS, DIM), torch.cat(frames)[None]
+    out, _ = attention64(q, k, k + 1, scale=0.3)
+    memories = [fill(TempCache(None, bits=bits), frames) for bits in (8, 4, 2)]
+    errors = [float((read(memory, q).out - out).norm() / out.norm()) for memory in memories]
+    assert errors[0] < 0.01 < errors[1] < 0.05 < errors[2] < 0.3

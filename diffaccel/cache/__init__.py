@@ -4,6 +4,6 @@ from .budget import Extent
 from .dense import KVCache
 from .entries import Entries
 from .memory import Memory
-from .tiers import ExactTier, Fixed, RowTier, Tier
+from .tiers import ExactTier, Fixed, Tier
 
-__all__ = ["Entries", "ExactTier", "Extent", "Fixed", "KVCache", "Memory", "RowTier", "Tier"]
+__all__ = ["Entries", "ExactTier", "Extent", "Fixed", "KVCache", "Memory", "Tier"]

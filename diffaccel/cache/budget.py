@@ -31,7 +31,12 @@ class Extent:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in all layers, rows and branches."""
-        return 2 * self.layers * self.heads * self.head_dim * self.rows * self.branches * self.dtype.itemsize
+        return 2 * self.vectors * self.heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def vectors(self) -> int:
+        """Keys of one token: one a layer, row and branch."""
+        return self.layers * self.rows * self.branches
 
 
 def parse_budget(budget: int | str) -> tuple[float, str]:
@@ -52,11 +57,11 @@ def readable(size: int) -> str:
     return f"{size / _UNITS.get(unit.lower(), 1):.3g} {unit}"
 
 
-def tokens_of(budget: int | str, extent: Extent) -> int:
-    """Tokens a layer may hold under `budget`."""
+def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_token: int) -> int:
+    """Tokens a layer may hold beside `exact_tokens` under `budget`, at `bytes_per_token` in all layers; may be < 0."""
     amount, unit = parse_budget(budget)
     if unit == "tokens":
-        return int(amount)
+        return int(amount) - exact_tokens
     if unit == "frames":
-        return int(amount) * extent.block.tokens_per_frame
-    return int(amount * _UNITS[unit]) // extent.bytes_per_token
+        return int(amount) * extent.block.tokens_per_frame - exact_tokens
+    return (int(amount * _UNITS[unit]) - exact_tokens * extent.bytes_per_token) // bytes_per_token

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .entries import Entries
+from ..kernel.merge import Partial
+from .entries import Entries, Reader
+from .store import Store, longer, make_store
 
 ANCHOR = 32
-"""Random projections kept of an entry's first key, to tell how far its members have drifted (64 bytes a token)."""
+EXTRA_BYTES = 2 * ANCHOR + 8
+"""Random projections kept of an entry's first key, to tell how far its members have drifted, and what an entry takes
+beside its key and value."""
 
 
 @dataclass
@@ -34,18 +38,21 @@ class MergedTokens:
     """Entries (R, C, H, D) of R = layers x batch rows; the first `used` of each row are filled, sorted by multiplicity.
 
     Args:
-        like: keys (R, T, H, D) that show heads, channels, dtype and device.
+        k, v: one frame of keys and values (R, T, H, D), which show heads, channels, dtype, device and size.
         capacity: entries to make room for at once.
         representative: key of an entry: "mean" of its members, the "last" one, or the "medoid", the member that was
             nearest to their mean when it came.
+        bits: 8, 4 or 2 to hold keys and values quantised; None holds them in the model's dtype.
     """
 
-    def __init__(self, like: Tensor, capacity: int, representative: str) -> None:
-        rows, tokens, self.heads, self.dim = like.shape
+    def __init__(
+        self, k: Tensor, v: Tensor, capacity: int, representative: str = "mean", bits: int | None = None
+    ) -> None:
+        rows, tokens, heads, dim = k.shape
         self.representative, self.rows, self.tokens = representative, rows, tokens
-        device, width = like.device, self.heads * self.dim
-        self.k, self.v = (like.new_zeros(rows, capacity, width) for _ in range(2))
-        self.centre = like.new_zeros(rows, capacity, width) if representative == "medoid" else None
+        device, width = k.device, heads * dim
+        self.k, self.v = make_store(k, capacity, bits, channels=True), make_store(v, capacity, bits)
+        self.centre = make_store(k, capacity, bits, channels=True) if representative == "medoid" else None
         self.count = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.frame = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.anchor = torch.zeros(rows, capacity, ANCHOR, dtype=torch.float16, device=device)
@@ -60,12 +67,16 @@ class MergedTokens:
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[1]
+        return self.k.capacity
 
     @property
     def bytes(self) -> int:
-        held = (self.k, self.v, self.count, self.frame, self.anchor, *([] if self.centre is None else [self.centre]))
-        return sum(t.numel() * t.element_size() for t in held)
+        about = sum(t.numel() * t.element_size() for t in (self.count, self.frame, self.anchor))
+        return about + sum(store.bytes for store in self._stores)
+
+    @property
+    def _stores(self) -> list[Store]:
+        return [store for store in (self.k, self.v, self.centre) if store is not None]
 
     def absorb(
         self, k: Tensor, v: Tensor, frame: int, joins: Tensor, match: Tensor, similarity: Tensor, most: int | None
@@ -100,16 +111,14 @@ class MergedTokens:
         if self.representative == "mean":
             self._move_mean(self.k, k, where, leader, before, after)
         elif self.representative == "last":
-            self.k.view(-1, k.shape[2])[where] = _pick(k, leader).flatten(0, 1)
+            self.k.write(where, _pick(k, leader).flatten(0, 1))
         else:
             assert self.centre is not None
             self._move_mean(self.centre, k, where, leader, before, after)
-            new, held = _pick(k, leader).flatten(0, 1), self.k.view(-1, k.shape[2])
-            centre = self.centre.view(-1, k.shape[2])[where].float()
-            old = held[where]
+            new, old, centre = _pick(k, leader).flatten(0, 1).float(), self.k.read(where), self.centre.read(where)
             # Two members are equally near: a margin keeps the older one whatever the rounding.
             nearer = (new - centre).square().sum(1) < 0.999 * (old - centre).square().sum(1)
-            held[where] = torch.where((nearer | (before == 0).flatten())[:, None], new, old)
+            self.k.write(where, torch.where((nearer | (before == 0).flatten())[:, None], new, old))
         self._note_drift(k, where, joins)
         self.owner = target
 
@@ -123,15 +132,13 @@ class MergedTokens:
         return leader.scatter_reduce_(1, target, index, "amin").gather(1, target)
 
     def _move_mean(
-        self, held: Tensor, new: Tensor, where: Tensor, leader: Tensor, before: Tensor, after: Tensor
+        self, held: Store, new: Tensor, where: Tensor, leader: Tensor, before: Tensor, after: Tensor
     ) -> None:
-        """Means over members (R, C, W) once the tokens `new` (R, T, W) have joined, in fp32 on the way."""
+        """Means over members once the tokens `new` (R, T, W) have joined, in fp32 on the way."""
         total = torch.zeros(new.shape, dtype=torch.float32, device=new.device).flatten(0, 1)
         total.index_add_(0, _flat(leader, self.tokens), new.flatten(0, 1).float())
-        flat = held.view(-1, new.shape[2])
-        old = flat[where].float() * before.flatten()[:, None]
-        mean = (old + total[_flat(leader, self.tokens)]) / after.flatten()[:, None]
-        flat[where] = mean.to(held.dtype)
+        old = held.read(where) * before.flatten()[:, None]
+        held.write(where, (old + total[_flat(leader, self.tokens)]) / after.flatten()[:, None])
 
     def _note_drift(self, k: Tensor, where: Tensor, joins: Tensor) -> None:
         flat, here = self.anchor.view(-1, ANCHOR), joins.flatten()
@@ -155,16 +162,16 @@ class MergedTokens:
         self.count = torch.where(kept, self.count, 0)
         self.bound = keep
 
-    def settle(self) -> list[Entries]:
-        """Close the gaps, sort by multiplicity, and return each row as attention reads it."""
+    def settle(self) -> list["Row"]:
+        """Close the gaps and sort by multiplicity; what each row holds."""
         if self.owner is None:
             return []
         keys = torch.where(self.count > 0, self.count, torch.iinfo(torch.int32).max)
         order = torch.argsort(keys, dim=1, stable=True)
-        for held in (self.k, self.v, self.centre, self.anchor):
-            if held is not None:
-                for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
-                    held[row] = held[row][order[row]]
+        for store in self._stores:
+            for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
+                store.reorder(row, order[row])
+        self.anchor = self.anchor.gather(1, order[..., None].expand_as(self.anchor))
         self.count, self.frame = self.count.gather(1, order), self.frame.gather(1, order)
         place = torch.empty_like(order).scatter_(
             1, order, torch.arange(self.capacity, device=order.device).expand_as(order)
@@ -178,23 +185,61 @@ class MergedTokens:
         sizes = torch.zeros(self.rows, most + 1, dtype=torch.int64, device=order.device)
         sizes.scatter_add_(1, self.count.long(), torch.ones_like(self.count, dtype=torch.int64))
         frames = self.frame[:, : self.bound].to("cpu", torch.int64)
-        entries = []
-        for row, groups in enumerate(sizes.tolist()):
+        rows = []
+        for number, groups in enumerate(sizes.tolist()):
             multiplicity = tuple((n, tokens) for tokens, n in enumerate(groups) if n and tokens)
             filled = sum(n for n, _ in multiplicity)
-            k, v = (x[row : row + 1, :filled].unflatten(2, (self.heads, self.dim)) for x in (self.k, self.v))
-            entries.append(Entries(k, v, frames[row, :filled], multiplicity))
-        return entries
+            rows.append(Row(self, number, frames[number, :filled], multiplicity))
+        return rows
 
     def _make_room(self, tokens: int) -> None:
         needed = self.bound + tokens
         if needed <= self.capacity:
             return
         more = max(needed, 2 * self.capacity) - self.capacity
-        for name in ("k", "v", "count", "frame", "anchor", "centre"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, torch.cat([held, held.new_zeros(self.rows, more, *held.shape[2:])], dim=1))
+        for store in self._stores:
+            store.grow(more)
+        self.count, self.frame, self.anchor = (longer(held, more) for held in (self.count, self.frame, self.anchor))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One filled row: what is known of its entries on the host, and how to read them."""
+
+    merged: MergedTokens
+    number: int
+    frames: Tensor
+    multiplicity: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return self.frames.shape[0]
+
+    def entries(self) -> Entries:
+        k, v = (store.rows(self.number, self.count) for store in (self.merged.k, self.merged.v))
+        return Entries(k, v, self.frames, self.multiplicity)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTier:
+    """The rows of one layer. They differ in number of entries, so each batch row is read alone."""
+
+    rows: list[Row]
+    bytes: int
+
+    @property
+    def count(self) -> int:
+        """Entries of the longest row."""
+        return max(row.count for row in self.rows)
+
+    def partial(self, q: Tensor, read: Reader) -> Partial:
+        parts = [read(q[i : i + 1], row.entries()) for i, row in enumerate(self.rows)]
+        if len(parts) == 1:
+            return parts[0]
+        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def frames(self) -> list[Tensor]:
+        return [row.frames for row in self.rows]
 
 
 def _flat(index_RT: Tensor, width: int) -> Tensor:

@@ -12,10 +12,10 @@ from ..grid import Grid
 from ..policy import CachePolicy, knob
 from ..rotary import unrotate
 from ..site import Site
-from .budget import Extent, parse_budget, readable, tokens_of
+from .budget import Extent, parse_budget, readable, room_for
 from .memory import Memory
-from .merged import MergedTokens
-from .tiers import RowTier
+from .merged import EXTRA_BYTES, MergedTier, MergedTokens
+from .store import BITS, store_bytes
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -43,7 +43,7 @@ class TempCache(CachePolicy):
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
     summary: ClassVar[str] = "merges near-duplicate keys of past frames, so that the KV cache grows with what changes"
-    exact: ClassVar[dict[str, Any]] = {"threshold": None, "budget": None}
+    exact: ClassVar[dict[str, Any]] = {"threshold": None, "budget": None, "bits": None}
 
     threshold: float | tuple[float, ...] | None = knob(
         0.9, "similarity in [0, 1] from which keys merge, or one for each layer; None never merges"
@@ -68,6 +68,7 @@ class TempCache(CachePolicy):
     sink_frames: int = knob(0, "first latent frames of the video, never merged and never evicted")
     recent_frames: int | None = knob(None, "newest latent frames that stay unmerged; None: the newest block")
     max_multiplicity: int | None = knob(None, "most tokens an entry stands for, >= 1; None: no limit")
+    bits: int | None = knob(None, "8, 4 or 2: hold older frames quantised, which saves memory, not time; None: as is")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +91,9 @@ class TempCache(CachePolicy):
             "max_multiplicity is a number of tokens >= 1, or None for no limit",
             max_multiplicity=self.max_multiplicity,
         )
+        self.require(
+            self.bits is None or self.bits in BITS, "bits is 8, 4 or 2, or None to quantise nothing", bits=self.bits
+        )
         if self.budget is not None:
             parse_budget(self.budget)
 
@@ -111,15 +115,14 @@ class TempCache(CachePolicy):
             )
         if self.budget is None:
             return
-        held = tokens_of(self.budget, extent)
         per_frame, block = extent.block.tokens_per_frame, extent.block.frames
-        recent = self._recent(extent.block)
+        recent, room = self._recent(extent.block), self._room(extent)
         needed = (self.sink_frames + recent + block) * per_frame
         self.require(
-            held >= needed,
+            room >= self.sink_frames * per_frame,
             f"budget must hold {self.sink_frames} sink frames, {recent} recent ones and the {block} of the block at "
             f"work: ({self.sink_frames} + {recent} + {block}) x {per_frame} = {needed} tokens, "
-            f"{readable(needed * extent.bytes_per_token)} in all layers; it holds {held} tokens",
+            f"{readable(needed * extent.bytes_per_token)} in all layers",
             budget=self.budget,
         )
 
@@ -146,11 +149,11 @@ class TempCache(CachePolicy):
         limit = None
         if self.budget is not None:
             assert run.extent is not None
-            limit = tokens_of(self.budget, run.extent)
-            limit -= (self._recent(run.extent.block) + run.extent.block.frames) * per_frame
+            limit = self._room(run.extent)
         if state.merged is None:
             room = (limit or 0) + leaving
-            state.merged = MergedTokens(k[:, :per_frame], room, self.representative or _REPRESENTATIVES[self.variant])
+            representative = self.representative or _REPRESENTATIVES[self.variant]
+            state.merged = MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits)
         frames = taken[0].frames
         assert frames is not None
         for start in range(0, leaving, per_frame):
@@ -163,8 +166,8 @@ class TempCache(CachePolicy):
         rows = state.merged.settle()
         batch = len(rows) // len(memories)
         for layer, memory in enumerate(memories):
-            memory.older = [RowTier(rows[layer * batch : (layer + 1) * batch], state.merged.bytes // len(memories))]
-        run.fired("cache", state.merged.absorbed * len(rows) - sum(row.count for row in rows))
+            memory.older = [MergedTier(rows[layer * batch : (layer + 1) * batch], state.merged.bytes // len(memories))]
+        run.fired("cache", self.bits or state.merged.absorbed * len(rows) - sum(row.count for row in rows))
 
     def describe(self, run: "Run") -> dict[str, Any]:
         """What was merged and evicted, for the report; waits for the device."""
@@ -197,6 +200,13 @@ class TempCache(CachePolicy):
             f"no pair of keys reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
             "lower the threshold"
         )
+
+    def _room(self, extent: Extent) -> int:
+        """Merged entries that the budget leaves room for beside the recent frames and the block at work."""
+        assert self.budget is not None
+        exact = (self._recent(extent.block) + extent.block.frames) * extent.block.tokens_per_frame
+        vector = store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize)
+        return room_for(self.budget, extent, exact, extent.vectors * (2 * vector + EXTRA_BYTES))
 
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames

@@ -3,7 +3,7 @@
 Policies move entries between tiers when a block is finished; moving to nothing is eviction.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -119,32 +119,3 @@ class ExactTier:
             k[:, : self._count], v[:, : self._count] = self._k[:, : self._count], self._v[:, : self._count]
             frames[: self._count] = self._frames[: self._count]
         self._k, self._v, self._frames = k, v, frames
-
-
-@dataclass
-class RowTier:
-    """Entries that differ in number between batch rows: each row keeps its own and is read alone.
-
-    `allocated`: bytes of the buffers they are views of, where those hold more.
-    """
-
-    rows: list[Entries] = field(default_factory=list)
-    allocated: int | None = None
-
-    @property
-    def count(self) -> int:
-        """Entries of the longest row."""
-        return max((row.count for row in self.rows), default=0)
-
-    @property
-    def bytes(self) -> int:
-        return sum(row.bytes for row in self.rows) if self.allocated is None else self.allocated
-
-    def partial(self, q: Tensor, read: Reader) -> Partial:
-        parts = [read(q[i : i + 1], row) for i, row in enumerate(self.rows)]
-        if len(parts) == 1:
-            return parts[0]
-        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
-
-    def frames(self) -> list[Tensor]:
-        return [row.frames for row in self.rows if row.frames is not None]

@@ -1,0 +1,144 @@
+"""Buffers of keys or values, as they are or quantised, that policies write entry by entry."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BITS = (8, 4, 2)
+
+
+class Store(Protocol):
+    """R rows of C places, each a vector of H x D numbers. `where` counts places through all rows."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def read(self, where: Tensor) -> Tensor:
+        """The vectors at places (n,), (n, H * D) fp32."""
+        ...
+
+    def write(self, where: Tensor, vectors: Tensor) -> None: ...
+
+    def reorder(self, row: int, order: Tensor) -> None:
+        """Put the places of a row into another order (C,)."""
+        ...
+
+    def grow(self, more: int) -> None:
+        """Add places to every row."""
+        ...
+
+    def rows(self, row: int, count: int) -> Tensor:
+        """The first `count` vectors of a row as attention reads them, (1, count, H, D)."""
+        ...
+
+
+class Plain:
+    """Vectors in the model's dtype; `rows` is a view."""
+
+    def __init__(self, like_RTHD: Tensor, capacity: int) -> None:
+        rows, _, *self._shape = like_RTHD.shape
+        self._data = like_RTHD.new_zeros(rows, capacity, self._shape[0] * self._shape[1])
+
+    @property
+    def capacity(self) -> int:
+        return self._data.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return self._data.numel() * self._data.element_size()
+
+    def read(self, where: Tensor) -> Tensor:
+        return self._data.flatten(0, 1)[where].float()
+
+    def write(self, where: Tensor, vectors: Tensor) -> None:
+        self._data.flatten(0, 1)[where] = vectors.to(self._data.dtype)
+
+    def reorder(self, row: int, order: Tensor) -> None:
+        self._data[row] = self._data[row][order]
+
+    def grow(self, more: int) -> None:
+        self._data = longer(self._data, more)
+
+    def rows(self, row: int, count: int) -> Tensor:
+        return self._data[row : row + 1, :count].unflatten(2, self._shape)
+
+
+class Quantised:
+    """Vectors in 8, 4 or 2 bits a number, with a lowest value and a step for each head of each vector.
+
+    Keys have channels far larger than the rest, which would take all steps for themselves (KIVI, arXiv 2402.02750,
+    section 3): with `channels` every channel is first divided by its size in the vectors shown at the start. A vector
+    that is read and written back unchanged keeps its code.
+    """
+
+    def __init__(self, like_RTHD: Tensor, capacity: int, bits: int, channels: bool) -> None:
+        rows, _, heads, dim = like_RTHD.shape
+        self._shape, self._dtype, self.bits = (heads, dim), like_RTHD.dtype, bits
+        device = like_RTHD.device
+        self._codes = torch.zeros(rows, capacity, heads * dim * bits // 8, dtype=torch.uint8, device=device)
+        self._range = torch.zeros(rows, capacity, heads, 2, dtype=torch.float16, device=device)  # lowest value and step
+        self._size = torch.ones(rows, 1, heads, dim, device=device)
+        if channels:
+            self._size = like_RTHD.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+
+    @property
+    def capacity(self) -> int:
+        return self._codes.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._codes, self._range, self._size))
+
+    def read(self, where: Tensor) -> Tensor:
+        size = self._size[where // self.capacity, 0]
+        return self._open(self._codes.flatten(0, 1)[where], self._range.flatten(0, 1)[where], size).flatten(1)
+
+    def write(self, where: Tensor, vectors: Tensor) -> None:
+        x = vectors.float().unflatten(1, self._shape) / self._size[where // self.capacity, 0]
+        low, high = x.amin(dim=2, keepdim=True).half().float(), x.amax(dim=2, keepdim=True)
+        step = ((high - low) / (2**self.bits - 1)).clamp(min=6e-8)
+        step = step.half().float()
+        codes = ((x - low) / step).round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+        each = 8 // self.bits
+        packed = sum(codes[:, part::each] << (self.bits * part) for part in range(each))
+        self._codes.flatten(0, 1)[where] = packed
+        self._range.flatten(0, 1)[where] = torch.cat([low, step], dim=2).half()
+
+    def reorder(self, row: int, order: Tensor) -> None:
+        for held in (self._codes, self._range):
+            held[row] = held[row][order]
+
+    def grow(self, more: int) -> None:
+        self._codes, self._range = longer(self._codes, more), longer(self._range, more)
+
+    def rows(self, row: int, count: int) -> Tensor:
+        opened = self._open(self._codes[row, :count], self._range[row, :count], self._size[row])
+        return opened[None].to(self._dtype)
+
+    def _open(self, codes: Tensor, ranges: Tensor, size: Tensor) -> Tensor:
+        """Codes (n, H * D * bits / 8) as numbers (n, H, D) fp32."""
+        each, mask = 8 // self.bits, 2**self.bits - 1
+        parts = [codes >> (self.bits * part) & mask for part in range(each)]
+        numbers = torch.stack(parts, dim=2).flatten(1).unflatten(1, self._shape)
+        return (ranges[..., :1].float() + numbers * ranges[..., 1:].float()) * size
+
+
+def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: bool = False) -> Store:
+    """A store for vectors like these; `bits=None` keeps them as they are."""
+    if bits is None:
+        return Plain(like_RTHD, capacity)
+    return Quantised(like_RTHD, capacity, bits, channels)
+
+
+def store_bytes(heads: int, dim: int, bits: int | None, itemsize: int) -> int:
+    """What one vector takes in a store."""
+    return heads * dim * itemsize if bits is None else heads * (dim * bits // 8 + 4)
+
+
+def longer(held: Tensor, more: int) -> Tensor:
+    """(R, C, ...) with `more` empty places in every row."""
+    return torch.cat([held, held.new_zeros(held.shape[0], more, *held.shape[2:])], dim=1)
