@@ -62,12 +62,12 @@ class Accel:
         return {slot: policy for slot, policy in found.items() if policy is not None}
 
     @contextmanager
-    def __call__(self, pipe: Any, *, timing: bool = False) -> Iterator[Run]:
+    def __call__(self, pipe: Any, *, timing: bool = False, observe: bool = False) -> Iterator[Run]:
         """Accelerate `pipe` inside the `with`; leaving restores it, also after an exception.
 
         Raises `NotEngagedError` on a normal exit if a technique was asked for and never fired.
         """
-        run = self.apply(pipe, timing=timing)
+        run = self.apply(pipe, timing=timing, observe=observe)
         try:
             yield run
         except BaseException:
@@ -75,7 +75,7 @@ class Accel:
             raise
         run.remove()
 
-    def apply(self, pipe: Any, *, timing: bool = False) -> "AppliedRun":
+    def apply(self, pipe: Any, *, timing: bool = False, observe: bool = False) -> "AppliedRun":
         """Accelerate `pipe` until `run.remove()`.
 
         Raises `UnsupportedError` for a pipeline of an unknown family, one that is accelerated already, or a technique
@@ -93,7 +93,7 @@ class Accel:
             reason = _refusal(family, denoisers, slot, policy, type(pipe).__name__, causal)
             if reason:
                 raise UnsupportedError(reason)
-        run = AppliedRun(self, causal=causal, timing=timing)
+        run = AppliedRun(self, causal=causal, timing=timing, observe=observe)
         try:
             layer = 0
             for denoiser in denoisers:
@@ -125,8 +125,8 @@ class AppliedRun(Run):
 
     undo: list[Callable[[], Any]]
 
-    def __init__(self, accel: Accel, *, causal: bool, timing: bool) -> None:
-        super().__init__(accel, causal=causal, timing=timing)
+    def __init__(self, accel: Accel, *, causal: bool, timing: bool, observe: bool) -> None:
+        super().__init__(accel, causal=causal, timing=timing, observe=observe)
         self.undo = []
 
     def remove(self, *, check: bool = True) -> None:

@@ -77,6 +77,7 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
+    plots: Annotated[Path | None, typer.Option(help="folder for pictures of the cache: length, recall, time")] = None,
 ) -> None:
     """Generate a video for each prompt."""
     with _one_sentence():
@@ -85,6 +86,12 @@ def generate(
         _check_output(out, texts, many=many, comparing=comparing)
         if report is not None:
             _check_parent(report)
+        if plots is not None:
+            from .plots import check_plots, plot_cache
+
+            check_plots()
+            _check_parent(plots)
+            _require(not plots.exists() or plots.is_dir(), f"--plots names a folder, and '{plots}' is a file")
         width, height = _parse_size(size) if size else (None, None)
         _require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         _require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
@@ -106,12 +113,19 @@ def generate(
         }
         arguments = {name: value for name, value in wanted.items() if value is not None}
         _check_arguments(pipe, accel, arguments, texts)
-        job = _Job(pipe, accel, arguments, seed, given.fps if fps is None else fps, many=many)
+        fps = given.fps if fps is None else fps
+        job = _Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
         typer.echo(f"preset {preset or _default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
         if report is not None:
             content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
             _write_json(report, content)
+        if plots is not None:
+            plots.mkdir(exist_ok=True)
+            for number, result in enumerate(results):
+                if result.report.get("blocks"):
+                    name = "cache.png" if len(results) == 1 else f"cache-{number + 1}.png"
+                    typer.echo(f"plot: {plot_cache(result.report, plots / name)}")
         _finish(results, asked=preset is not None or bool(changes))
 
 
@@ -383,6 +397,7 @@ class _Job:
     seed: int
     fps: float
     many: bool
+    observe: bool = False
 
     def generate(self, prompts: Sequence[str], out: Path) -> list[_Result]:
         """A video a prompt; stops after the first that is interrupted."""
@@ -404,7 +419,8 @@ class _Job:
         idle = stopped = run = None
         writer = VideoWriter(file, self.fps)
         try:
-            with self.accel(self.pipe, timing=True) as run, writer, _progress(prompt) as show:
+            observed = self.accel(self.pipe, timing=True, observe=self.observe)
+            with observed as run, writer, _progress(prompt) as show:
                 if run.causal:
                     self._stream(prompt, run, writer, show)
                 else:

@@ -41,7 +41,9 @@ class Report:
     `decode`, `total`, wall clock. `frames` counts pixel frames, `fps` is frames over total seconds.
     `peak_memory_bytes` is the allocator's peak on a GPU since the last generation began, and the process's on the CPU.
     `cache.max_tokens` is the most entries any layer and branch kept; what else it holds is the policy's
-    (`CachePolicy.describe`).
+    (`CachePolicy.describe`), and `recall` of an observed run. `blocks`, of a block-causal generation, has a line for
+    each finished block: the latent `frame` it ends at, `tokens` a layer kept on average and `seen`, `bytes` of all
+    caches, and `seconds` since the block before, decoding included where frames are streamed.
     """
 
     slots: dict[str, SlotReport]
@@ -52,6 +54,7 @@ class Report:
     peak_memory_bytes: int
     cache: dict[str, Any]
     environment: dict[str, str]
+    blocks: list[dict[str, Any]]
     quality: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from .errors import NotEngagedError
 from .grid import Grid
 from .kernel import Partial
 from .kernel.weighted import over_entries
+from .observe import Observer
 from .plan import Plan
 from .policy import CachePolicy
 from .report import Report, SlotReport, environment
@@ -27,6 +29,9 @@ from .site import Part, Phase, Site
 
 if TYPE_CHECKING:
     from .accel import Accel
+
+MOST_BLOCKS = 4096
+"""Lines of `Report.blocks`."""
 
 _NOWHERE = Site(0, "self", 0, 1, 0, 0, "denoise", "main", Grid(1, 1, 1))
 
@@ -36,11 +41,12 @@ class Run:
 
     Two runs share nothing. A pipeline that generates block by block tells the run where it is (`begin`, `at`); for
     the others the backbone's hook works it out. `timing=True` also measures attention on a GPU, with one pair of
-    events a call.
+    events a call; `observe=True` the recall of attention mass of a cache (`Observer`).
     """
 
-    def __init__(self, accel: "Accel", *, causal: bool, timing: bool = False) -> None:
-        self.accel, self.causal, self.timing = accel, causal, timing
+    def __init__(self, accel: "Accel", *, causal: bool, timing: bool = False, observe: bool = False) -> None:
+        self.accel, self.causal, self.timing, self.observe = accel, causal, timing, observe
+        self.observer: Observer | None = None
         self.cache: CachePolicy = accel.cache or KVCache()
         self._policies = accel.policies()
         self.slots = {
@@ -67,6 +73,7 @@ class Run:
         self._began: float | None = None
         self._before = self._elapsed = 0.0
         self._frames = self._max_tokens = self._tokens_per_frame = 0
+        self._blocks: list[dict[str, Any]] = []
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
 
@@ -80,6 +87,8 @@ class Run:
         if extent is not None:
             self.cache.check(extent)
         self.extent = extent
+        self.observer = Observer(extent.layers) if self.observe and extent is not None else None
+        self._blocks.clear()
         self.forget()
         self._scratch.clear()
         self._video_frames = frames
@@ -144,7 +153,9 @@ class Run:
             memory.finish_block(self._where.grid.tokens)
         self.cache.commit(memories, self._where, self)
         self._max_tokens = max([self._max_tokens, *(memory.count for memory in memories)])
-        self._note_bytes("cache", sum(memory.bytes for memory in self._memories.values()))
+        held = sum(memory.bytes for memory in self._memories.values())
+        self._note_bytes("cache", held)
+        self._note_block(memories, held)
 
     def prepare_prompt(self, text_BND: Tensor) -> Tensor:
         """The prompt embeddings this forward should see; works once for each tensor and branch, not once a step."""
@@ -204,7 +215,7 @@ class Run:
         key = (site.branch, site.layer)
         if key not in self._memories:
             tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, site.grid)
-            self._memories[key] = Memory(tokens, self.cache.needs_queries)
+            self._memories[key] = Memory(tokens, self.cache.needs_queries, self.observer)
         return self._memories[key]
 
     def reuse_answer(self, site: Site, memory: Memory) -> str:
@@ -309,9 +320,29 @@ class Run:
             fps=self._frames / total if self._frames and total else None,
             peak_memory_bytes=_peak_memory(self._device),
             cache={"max_tokens": self._max_tokens, "tokens_per_frame": self._tokens_per_frame}
-            | (self.cache.describe(self) if "cache" in self.slots else {}),
+            | (self.cache.describe(self) if "cache" in self.slots else {})
+            | ({} if self.observer is None else {"recall": self.observer.recall}),
+            blocks=_with_seconds(self._blocks),
             environment=environment(self._device, self._dtype),
         )
+
+    def _note_block(self, memories: list[Memory], held: int) -> None:
+        """One line a finished block; of an endless video every second one, as often as need be."""
+        frame = self._where.start + self._where.grid.frames
+        if self._blocks and self._blocks[-1]["frame"] == frame:  # the other branch
+            self._blocks[-1] |= {"bytes": held, "until": self._elapsed}
+            return
+        self._blocks.append(
+            {
+                "frame": frame,
+                "tokens": round(sum(memory.count for memory in memories) / len(memories)),
+                "seen": memories[0].seen,
+                "bytes": held,
+                "until": self._elapsed,
+            }
+        )
+        if len(self._blocks) > MOST_BLOCKS:
+            del self._blocks[:-1:2]
 
     def _note_bytes(self, slot: str, held: int) -> None:
         if slot in self.slots:
@@ -348,6 +379,18 @@ class Call:
         found_keys = entries.count if plan is None else plan.pairs / q.shape[1]
         self.keys_read += found_keys * q.shape[0] / self.batch
         return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, plan)
+
+
+def _with_seconds(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with the seconds since the line before, a block on average where some were left out."""
+    out, before, frames = [], 0.0, 0
+    size = min((b["frame"] - a["frame"] for a, b in pairwise(blocks)), default=0)
+    for block in blocks:
+        steps = max(1, round((block["frame"] - frames) / size)) if size and frames else 1
+        line = {name: value for name, value in block.items() if name != "until"}
+        out.append(line | {"seconds": round((block["until"] - before) / steps, 4)})
+        before, frames = block["until"], block["frame"]
+    return out
 
 
 def _peak_memory(device: torch.device | None) -> int:

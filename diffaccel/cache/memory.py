@@ -1,10 +1,15 @@
 """What one layer and branch of a generation remembers of earlier blocks."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..site import Site
 from .tiers import ExactTier, Fixed, Tier
+
+if TYPE_CHECKING:
+    from ..observe import Observer
 
 
 class Memory:
@@ -14,9 +19,12 @@ class Memory:
     so that partials computed against it can tell when they are stale.
     """
 
-    def __init__(self, expected_tokens: int = 0, keep_queries: bool = False) -> None:
+    def __init__(
+        self, expected_tokens: int = 0, keep_queries: bool = False, observer: "Observer | None" = None
+    ) -> None:
         self.exact = ExactTier(expected_tokens)
         self.keep_queries, self.queries = keep_queries, torch.empty(0)
+        self.observer = observer
         self.older: list[Tier] = []
         self.seen = 0
         self.version = 0
@@ -26,8 +34,11 @@ class Memory:
 
         The queries of a clean pass are held until the next one, for policies that match by them.
         """
-        if self.keep_queries and queries is not None and site.phase == "clean":
-            self.queries = queries
+        if queries is not None and site.phase == "clean":
+            if self.keep_queries:
+                self.queries = queries
+            if self.observer is not None:
+                self.observer.see(self, queries, k, site)
         self.exact.place(k, v, site.grid.frame_of_token(site.start))
 
     def past(self) -> list[Tier]:

@@ -181,7 +181,7 @@ class TempCache(CachePolicy):
             "merged_entries": counts.numel(),
             "merged_tokens": int(counts.sum()),
             "evicted_tokens": sum(int(merged.evicted) for merged in found),
-            "multiplicity": {f"{2**i}-{2 ** (i + 1) - 1}": n for i, n in enumerate(powers)},
+            "multiplicity": {f"{2**i}-{2 ** (i + 1) - 1}" if i else "1": n for i, n in enumerate(powers)},
             "drift": found[0].drift.to_dict(),
         }
 
