@@ -28,7 +28,9 @@ MATRIX = [
     ),
     Row(
         Accel(cache=TempCache(threshold=None, representative="medoid")),
-        Accel(cache=TempCache(threshold=0.3, representative="medoid", max_multiplicity=3)),
+        Accel(
+            cache=TempCache(threshold=0.3, representative="medoid", max_multiplicity=3, budget="7 frames", evict="mass")
+        ),
     ),
     Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),

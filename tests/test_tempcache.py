@@ -236,12 +236,30 @@ def test_what_is_seen_often_outlives_what_was_seen_once():
     assert int(merged.evicted) == 18 * T - sum(n * m for n, m in row.multiplicity) > 0
 
 
+def test_by_attention_mass_stays_what_the_queries_read():
+    """One early token points where every query points; recency would drop it, mass keeps it."""
+    frames = [0.1 * torch.randn(T, HEADS, DIM) for _ in range(20)]
+    wanted = torch.full((HEADS, DIM), 2.0)
+    frames[1][3] = wanted
+    for evict, kept in (("recency", False), ("mass", True)):
+        memory = Memory(keep_queries=True)
+        policy, run = TempCache(threshold=None, budget="8 frames", evict=evict), fake_run({})
+        for block in range(10):
+            k = torch.cat(frames[2 * block : 2 * block + 2])[None]
+            memory.place(k, k, site(block, 2), queries=wanted.expand(1, 2 * T, HEADS, DIM))
+            memory.finish_block(2 * T)
+            policy.commit([memory], site(block, 2), run)
+        held = memory.older[0].rows[0].entries()
+        assert held.count == (8 - 2 - 2) * T
+        assert bool((held.k[0] == wanted).all(dim=(1, 2)).any()) == kept
+
+
 def test_a_token_whose_match_was_evicted_becomes_an_entry():
     frames = [torch.randn(T, HEADS, DIM)] * 2
     merged = MergedTokens(*[torch.zeros(1, T, HEADS, DIM)] * 2, 2 * T, "mean")
     cells, all_join = torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool)
     merged.absorb(frames[0][None], frames[0][None], 0, all_join, cells, torch.ones(1, T), None)
-    merged.evict(T - 2, 1, 0)
+    merged.evict(T - 2, torch.arange(float(2 * T))[None], 0)
     merged.settle()
     merged.absorb(frames[1][None], frames[1][None], 1, all_join, cells, torch.ones(1, T), None)
     [row] = merged.settle()

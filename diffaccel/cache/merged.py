@@ -149,15 +149,12 @@ class MergedTokens:
         self.drift.total += (cosine * here).sum()
         self.drift.least = torch.minimum(self.drift.least, torch.where(here, cosine, 1.0).min())
 
-    def evict(self, keep: int, now: int, sink_frames: int) -> None:
-        """Leave at most `keep` entries a row: those that stand for most tokens and were seen last; the sink stays."""
-        if self.bound <= keep:
-            return
+    def evict(self, keep: int, worth: Tensor, sink_frames: int) -> None:
+        """Leave at most `keep` entries a row, those of most `worth` (R, C) >= 0; the sink stays."""
         filled = self.count > 0
-        score = self.count / (1.0 + now - self.frame)
-        score = torch.where(self.frame < sink_frames, torch.inf, score)
-        score = torch.where(filled, score, -1.0)
-        kept = torch.zeros_like(filled).scatter_(1, score.topk(keep, dim=1).indices, True)
+        worth = torch.where(self.frame < sink_frames, torch.inf, worth)
+        worth = torch.where(filled, worth, -1.0)
+        kept = torch.zeros_like(filled).scatter_(1, worth.topk(keep, dim=1).indices, True)
         self.evicted += torch.where(kept, 0, self.count).sum()
         self.count = torch.where(kept, self.count, 0)
         self.bound = keep

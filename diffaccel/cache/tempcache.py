@@ -38,7 +38,8 @@ class TempCache(CachePolicy):
     dense attention at the same size (samples/RESULTS.md). `match` and `representative` override the variant's.
 
     Ours, not the paper's: the newest frames stay unmerged, and `budget`, a hard cap on what attention may read in a
-    layer, the block at work included. Over it, the entries with the least tokens x 1 / (1 + age in frames) go.
+    layer, the block at work included. Over it, the entries with the least tokens x 1 / (1 + age in frames) go, or with
+    `evict="mass"` those that sampled queries of the newest block read least.
     """
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
@@ -67,6 +68,12 @@ class TempCache(CachePolicy):
     )
     sink_frames: int = knob(0, "first latent frames of the video, never merged and never evicted")
     recent_frames: int | None = knob(None, "newest latent frames that stay unmerged; None: the newest block")
+    evict: str = knob(
+        "recency",
+        "what stays when the budget is full: most tokens x recency, or most attention mass under the newest block's "
+        "queries",
+        choices=("recency", "mass"),
+    )
     max_multiplicity: int | None = knob(None, "most tokens an entry stands for, >= 1; None: no limit")
     bits: int | None = knob(None, "8, 4 or 2: hold older frames quantised, which saves memory, not time; None: as is")
 
@@ -103,7 +110,8 @@ class TempCache(CachePolicy):
 
     @property
     def needs_queries(self) -> bool:
-        return self.matching == "query" and not self.is_exact
+        asked = self.matching == "query" or (self.evict == "mass" and self.budget is not None)
+        return asked and not self.is_exact
 
     def check(self, extent: Extent) -> None:
         """Refuse a generation that the knobs do not fit, before anything is computed."""
@@ -161,8 +169,8 @@ class TempCache(CachePolicy):
             match, similarity = state.links.pop(frame)
             joins = self._joins(similarity, frame, len(memories))
             state.merged.absorb(k[:, part], v[:, part], frame, joins, match, similarity, self.max_multiplicity)
-        if limit is not None:
-            state.merged.evict(limit, site.start, self.sink_frames)
+        if limit is not None and state.merged.bound > limit:
+            state.merged.evict(limit, self._worth(state.merged, memories, site), self.sink_frames)
         rows = state.merged.settle()
         batch = len(rows) // len(memories)
         for layer, memory in enumerate(memories):
@@ -211,6 +219,23 @@ class TempCache(CachePolicy):
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames
 
+    def _worth(self, merged: MergedTokens, memories: Sequence[Memory], site: Site) -> Tensor:
+        """What decides which entries (R, C) stay when the budget is full."""
+        if self.evict == "recency":
+            return merged.count / (1.0 + site.start - merged.frame)
+        worth, batch = [], merged.rows // len(memories)
+        for number in range(merged.rows):
+            memory, row = memories[number // batch], number % batch
+            picks = torch.linspace(0, site.grid.tokens - 1, min(_QUERIES, site.grid.tokens)).long()
+            q = memory.queries[row, picks.to(merged.count.device)].float() * memory.queries.shape[-1] ** -0.5
+            exact = memory.exact.past().entries.k[row]
+            beside = torch.einsum("shd,nhd->shn", q, exact.float()).logsumexp(-1)
+            scores = torch.einsum("shd,nhd->shn", q, merged.k.rows(number, merged.capacity)[0].float())
+            scores = scores + merged.count[number].float().log()  # -inf where there is no entry
+            total = torch.logaddexp(beside, scores.logsumexp(-1))
+            worth.append((scores - total[..., None]).exp().sum(dim=(0, 1)))
+        return torch.stack(worth)
+
     def _joins(self, similarity: Tensor, frame: int, layers: int) -> Tensor:
         """Which tokens (R, T) may join; the first frame after the sink may join nothing, so the sink stays as it is."""
         if self.threshold is None or frame <= self.sink_frames:
@@ -255,6 +280,8 @@ class TempCache(CachePolicy):
             return torch.cosine_similarity(a.flatten(2).float(), b.flatten(2).float(), dim=2)
         return 1 - _squared(a - b) / (2 * scale)
 
+
+_QUERIES = 16  # of the newest block, sampled to tell attention mass
 
 _REPRESENTATIVES = {"phase": "mean", "paper": "last"}
 
