@@ -92,11 +92,11 @@ def plain_dense(kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 class Bench:
-    def __init__(self, shape: dict[str, int], device: str, out: Path, rounds: int) -> None:
+    def __init__(self, shape: dict[str, int], device: str, out: Path, rounds: int, log: str = "seam.jsonl") -> None:
         self.shape, self.device, self.rounds = shape, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         out.mkdir(parents=True, exist_ok=True)
-        self.log = (out / "seam.jsonl").open("w")
+        self.log = (out / log).open("w")
         torch.manual_seed(0)
         with self.device:
             self.model = WanTransformer3DModel(

@@ -1,0 +1,257 @@
+"""What a bounded cache costs: policies at equal memory against dense attention, on a bundled model.
+
+    python scripts/cache_quality.py --out out/cache                 # 8 prompts, 325 frames: minutes on a GPU
+    python scripts/cache_quality.py --out out/cache --frames 81 --prompts 2 --only "budget 50"
+
+Every arm starts from the same noise. PSNR and SSIM of its frames against the dense ones, the first block left out: with
+shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
+answered for (`Observer`), `memory` the share of a dense cache, at the end, that a layer held. `returns` is a task that
+only memory can solve: clips whose sprite leaves and must come back the same (scripts/score_tiny_world.py).
+
+Results are appended to results.jsonl in --out as they come; a run that is started again skips what is there. At the end
+table.md and curve.png are written.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_world.metrics import memory_scenes, remembers
+from tiny_world.prompts import describe
+from torch import Tensor
+
+from diffaccel import Accel, Report, SinkRecent, Site, TempCache
+from diffaccel.cache.merged import MergedTier, MergedTokens
+from diffaccel.kernel import Partial
+from diffaccel.pipelines.loading import load
+from diffaccel.plots import check_plots
+from diffaccel.quality import psnr, ssim
+
+PROMPTS = (
+    "a large red circle moves left slowly over a teal checkerboard",
+    "a small blue ring bounces over a striped navy background. the camera pans right",
+    "a large yellow cross circles over a plain gray background",
+    "a small white triangle moves up quickly over a maroon gradient",
+    "a large green square moves right and a small purple circle moves left over a plain black background",
+    "a small banded cyan cross stays still over a plum checkerboard while the camera pans left",
+    "a large shaded purple square moves down slowly over a striped gray background",
+    "a small red triangle circles around over a plain teal background. the camera pans up",
+)
+BLOCK, SINK = 3, 1
+RETURNS = ("return", "pan_return")
+
+
+class RandomEviction(TempCache):
+    """A budget kept by throwing anything away: what eviction must beat."""
+
+    def _worth(self, merged: MergedTokens, memories: Any, site: Site) -> Tensor:
+        generator = torch.Generator().manual_seed(site.start)
+        return torch.rand(merged.count.shape, generator=generator).to(merged.count.device)
+
+
+class Unweighted(TempCache):
+    """Merging without log-multiplicities: every entry counts as one token, as in methods that only average."""
+
+    def commit(self, memories: Any, site: Site, run: Any) -> None:
+        super().commit(memories, site, run)
+        for memory in memories:
+            memory.older = [_OneEach(tier.rows, tier.bytes) for tier in memory.older]
+
+
+class _OneEach(MergedTier):
+    def partial(self, q: Tensor, read: Any) -> Partial:
+        return super().partial(q, lambda q, entries: read(q, replace(entries, multiplicity=None)))
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    accel: Accel
+    seed: int = 0
+
+
+def arms(frames: int) -> list[Arm]:
+    """Every arm, for a video of so many latent frames."""
+    found = [Arm("noise floor (split kernel)", Accel(kernel="split")), Arm("another seed", Accel(), seed=1000)]
+    for threshold in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8):
+        found.append(Arm(f"TempCache {threshold}", Accel(cache=TempCache(threshold))))
+    for threshold in (0.97, 0.95, 0.9):
+        found.append(Arm(f"TempCache {threshold}, paper", Accel(cache=TempCache(threshold, variant="paper"))))
+    for percent in (50, 35, 25, 15, 10):
+        held = round(frames * percent / 100)
+        if held < SINK + 2 * BLOCK:
+            continue
+        budget = {"budget": f"{held} frames", "sink_frames": SINK}
+        name = f"budget {percent} %"
+        found += [
+            Arm(f"{name}: SinkRecent", Accel(cache=SinkRecent(held - SINK - BLOCK, SINK))),
+            Arm(f"{name}: random eviction", Accel(cache=RandomEviction(None, **budget))),
+            Arm(f"{name}: TempCache 0.9", Accel(cache=TempCache(0.9, **budget))),
+            Arm(f"{name}: TempCache 0.9, mass", Accel(cache=TempCache(0.9, evict="mass", **budget))),
+            Arm(f"{name}: TempCache 0.8, mass", Accel(cache=TempCache(0.8, evict="mass", **budget))),
+            Arm(f"{name}: TempCache 0.9, unweighted", Accel(cache=Unweighted(0.9, **budget))),
+            Arm(f"{name}: TempCache 0.9, 8 bits", Accel(cache=TempCache(0.9, bits=8, **budget))),
+        ]
+    return found
+
+
+class Bench:
+    """The model, the dense run and what arms are compared with."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = load(options.model, pipeline="causal", device=self.device, dtype=options.dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.prompts, self.frames = list(PROMPTS[: options.prompts]), options.frames
+        self.scenes = [scene for event in RETURNS for scene in memory_scenes(event, options.returns)[0]]
+        self.dense, _ = self.generate(Accel())
+        self.video = self.decode(self.dense)
+
+    def generate(self, accel: Accel, history: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Report]:
+        return self._run(accel, self.prompts, self.frames, seed, history, observe=history is not None)
+
+    def _run(
+        self, accel: Accel, prompts: Sequence[str], frames: int, seed: int, history: Tensor | None, observe: bool
+    ) -> tuple[Tensor, Report]:
+        generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+        run = accel.apply(self.pipe, observe=observe)
+        try:
+            latents = self.pipe(
+                list(prompts),
+                height=128,
+                width=128,
+                num_frames=frames,
+                num_inference_steps=8,
+                guidance_scale=2.5,
+                generator=generators,
+                history=history,
+                output_type="latent",
+            ).frames
+        finally:
+            run.remove(check=False)
+        return latents, run.report()
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """uint8 frames (B, F, H, W, 3), one video at a time."""
+        rows = (self.pipe.decode_latents(row[None]) for row in latents)
+        return np.concatenate([np.rint(255 * np.asarray(row)).astype(np.uint8) for row in rows])
+
+    def distance(self, latents: Tensor) -> dict[str, float]:
+        """Mean over frames and prompts of PSNR (capped at 100 dB) and SSIM to the dense video, first block left out."""
+        first = 1 + 4 * (BLOCK - 1)
+        pairs = list(zip(self.decode(latents)[:, first:], self.video[:, first:], strict=True))
+        decibels = np.array([np.minimum(psnr(a, b), 100) for a, b in pairs])
+        last = decibels[:, -4 * BLOCK :]
+        return {
+            "psnr": round(float(decibels.mean()), 2),
+            "psnr_last_block": round(float(last.mean()), 2),
+            "ssim": round(float(np.mean([ssim(a, b).mean() for a, b in pairs])), 4),
+        }
+
+    def returns(self, accel: Accel) -> float:
+        """Share of the memory scenes whose sprite comes back the same."""
+        prompts = [describe(scene, random.Random(scene.seed)) for scene in self.scenes]
+        latents, _ = self._run(accel, prompts, 81, 0, None, observe=False)
+        clips = self.decode(latents)
+        return float(np.mean([remembers(clip, scene) for clip, scene in zip(clips, self.scenes, strict=True)]))
+
+    def measure(self, arm: Arm) -> dict[str, Any]:
+        began = time.perf_counter()
+        shared, report = self.generate(arm.accel, self.dense, arm.seed)
+        free, _ = self.generate(arm.accel, seed=arm.seed)
+        blocks = report.blocks
+        recall = [points[-1][1] for points in report.cache.get("recall", {}).values() if points]
+        row: dict[str, Any] = {
+            "arm": arm.name,
+            "memory": round(blocks[-1]["tokens"] / blocks[-1]["seen"], 3) if blocks else 1.0,
+            "bytes": blocks[-1]["bytes"] if blocks else 0,
+            "shared": self.distance(shared),
+            "free": self.distance(free),
+            "recall": round(sum(recall) / len(recall), 3) if recall else None,
+            "drift": report.cache.get("drift"),
+        }
+        if self.scenes and not arm.seed:
+            row["returns"] = round(self.returns(arm.accel), 3)
+        return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = ["| arm | memory | shared history: PSNR, last block, SSIM | free-running | recall | returns |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [f"{d['psnr']:.1f}, {d['psnr_last_block']:.1f}, {d['ssim']:.3f}" for d in (row["shared"], row["free"])]
+        recall, returns = ("" if row.get(name) is None else f"{row[name]:.2f}" for name in ("recall", "returns"))
+        lines.append(f"| {row['arm']} | {row['memory']:.2f} | {cells[0]} | {cells[1]} | {recall} | {returns} |")
+    return "\n".join(lines)
+
+
+def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """PSNR over memory, one line a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = row["arm"].split(": ")[-1] if row["arm"].startswith("budget") else "TempCache, threshold alone"
+        name = "the paper's form" if "paper" in row["arm"] else name
+        if row["arm"].split()[0] in ("budget", "TempCache"):
+            families.setdefault(name, []).append(row)
+    for axis, kind in zip(axes, ("shared", "free"), strict=True):
+        for name, members in families.items():
+            members = sorted(members, key=lambda row: row["memory"])
+            axis.plot([m["memory"] for m in members], [m[kind]["psnr"] for m in members], marker="o", label=name)
+        for row in rows:
+            if row["arm"].startswith(("noise", "another")):
+                axis.axhline(min(row[kind]["psnr"], 60), ls=":", color="gray")
+                axis.text(0.02, min(row[kind]["psnr"], 60), row["arm"], fontsize=7)
+        axis.set(
+            xlabel="share of a dense cache",
+            ylabel="PSNR to dense, dB",
+            title={"shared": "shared history", "free": "free-running"}[kind],
+        )
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", help="folder of a causal checkpoint; default: the bundled one")
+    parser.add_argument("--frames", type=int, default=325, help="pixel frames, 1 + 4k")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device")
+    parser.add_argument("--only", default="", help="arms whose name holds this text")
+    options = parser.parse_args(arguments)
+    check_plots()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name]
+    missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
+    bench = Bench(options) if missing else None
+    for arm in missing:
+        assert bench is not None
+        rows.append(bench.measure(arm))
+        with results.open("a") as stream:
+            stream.write(json.dumps(rows[-1]) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
+    (options.out / "table.md").write_text(table(rows) + "\n")
+    curve(rows, options.out / "curve.png")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
