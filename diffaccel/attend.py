@@ -22,7 +22,7 @@ from .site import Site
 
 def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run) -> Tensor:
     """Attention of one call, (B, S, H, D); keys come rotated, from this call's own tokens or from the prompt."""
-    call = run.open(site, batch=q_BSHD.shape[0])  # decides what is read of a tier, runs the kernel, counts
+    call = run.open(site, q_BSHD)  # decides what is read of a tier, runs the kernel, counts
 
     def read(tiers: Sequence[Tier]) -> Partial:
         return merge([tier.partial(q_BSHD, call.read) for tier in tiers if tier.count])

@@ -364,6 +364,9 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
         flags = " ".join(f"--set {slot}=none" for slot in slots)
         remedy = f" (here: --preset exact, or {flags})" if flags else ""
         raise UsageError(f"{error}{remedy}") from error
+    if causal and accel.cache is not None:
+        branches = 1 if guidance is not None and guidance <= 1 else 2
+        accel.cache.check(pipe.extent(arguments["num_frames"], arguments["height"], arguments["width"], branches))
     texts = [*prompts, *([arguments["negative_prompt"]] if "negative_prompt" in arguments else [])]
     for sentence in unread(pipe.tokenizer, texts, _prompt_length(pipe)):
         _say(f"warning: {sentence}")

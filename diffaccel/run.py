@@ -201,8 +201,8 @@ class Run:
 
     # -- called by attend ----------------------------------------------------------------------------------------
 
-    def open(self, site: Site, batch: int) -> "Call":
-        return Call(self, site, batch)
+    def open(self, site: Site, q_BSHD: Tensor) -> "Call":
+        return Call(self, site, q_BSHD.shape[0] * q_BSHD.shape[2])
 
     def kernel_for(self, q: Tensor) -> ModuleType:
         key = (q.device, q.dtype, q.shape[-1])
@@ -360,11 +360,11 @@ class Run:
 
 @dataclass
 class Call:
-    """One attention call: selects, reads and counts. Key counts are per query, averaged over batch rows."""
+    """One attention call: selects, reads and counts. Key counts are per query, averaged over rows and heads."""
 
     run: Run
     site: Site
-    batch: int
+    lanes: int  # batch rows x heads
     keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
@@ -377,7 +377,7 @@ class Call:
                     self.run.fired(selector.slot)
                     plan = found if plan is None else plan & found
         found_keys = entries.count if plan is None else plan.pairs / q.shape[1]
-        self.keys_read += found_keys * q.shape[0] / self.batch
+        self.keys_read += found_keys * q.shape[0] * q.shape[2] / self.lanes
         return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, plan)
 
 

@@ -249,7 +249,9 @@ class CausalWanPipeline(WanPipeline):
         self._generating = True
         total = rollout.latents.shape[2]
         try:
-            run.begin(total, self._extent(rollout))
+            call, rows = rollout.call, rollout.latents.shape[0]
+            size = (call.num_frames, call.height, call.width)
+            run.begin(total, self.extent(*size, len(rollout.embeds), rows, call.frames_per_block))
             with self.progress_bar(total=self._num_timesteps) as bar:
                 for index, frames in enumerate(rollout.blocks):
                     if active_run(self) is not run:
@@ -272,17 +274,28 @@ class CausalWanPipeline(WanPipeline):
         finally:
             self._generating = False
 
-    def _extent(self, rollout: Rollout) -> Extent:
-        config, (rows, _, total, height, width) = self.transformer.config, rollout.latents.shape
+    def extent(
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        branches: int,
+        rows: int = 1,
+        frames_per_block: int | None = None,
+    ) -> Extent:
+        """What a call with these arguments holds in its cache; `branches` is 2 under guidance."""
+        config, scale = self.transformer.config, self.vae_scale_factor_spatial
         p_t, p_h, p_w = config.patch_size
+        frames = (1 + (num_frames - 1) // self.vae_scale_factor_temporal) // p_t
+        block = self.config["frames_per_block"] if frames_per_block is None else frames_per_block
         return Extent(
-            frames=total // p_t,
-            block=Grid(max(len(frames) for frames in rollout.blocks) // p_t, height // p_h, width // p_w),
+            frames=frames,
+            block=Grid(max(1, min(block, frames) // p_t), height // scale // p_h, width // scale // p_w),
             layers=config.num_layers,
             heads=config.num_attention_heads,
             head_dim=config.attention_head_dim,
             rows=rows,
-            branches=len(rollout.embeds),
+            branches=branches,
             dtype=self.transformer.dtype,
         )
 

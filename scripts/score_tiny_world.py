@@ -472,6 +472,7 @@ def about(
         },
         "settings": {
             **(maker.settings if maker is not None and args.clips is None else {}),
+            "dtype": None if maker is None else str(maker.pipe.transformer.dtype).removeprefix("torch."),
             "seed": args.seed,
             "batch": args.batch,
             "frames": lengths,

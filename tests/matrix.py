@@ -32,6 +32,10 @@ MATRIX = [
             cache=TempCache(threshold=0.3, representative="medoid", max_multiplicity=3, budget="7 frames", evict="mass")
         ),
     ),
+    Row(
+        Accel(cache=TempCache(threshold=None, heads="per_head")),
+        Accel(cache=TempCache(threshold=0.3, heads="per_head", budget="8 frames", bits=8)),
+    ),
     Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),

@@ -130,6 +130,7 @@ BAD = [
     ("TempCache", {"variant": "phse"}, "did you mean 'phase'"),
     ("TempCache", {"representative": "first"}, "choose one of mean, last, medoid"),
     ("TempCache", {"max_multiplicity": 0}, "max_multiplicity=0"),
+    ("TempCache", {"heads": "each"}, "choose one of shared, per_head"),
     ("TempCache", {"evict": "age"}, "choose one of recency, mass"),
     ("TempCache", {"bits": 3}, "bits is 8, 4 or 2, .*bits=3"),
     ("TempCache", {"budget": -1}, "a budget is a number of tokens .* got -1"),

@@ -283,6 +283,24 @@ def test_thresholds_differ_between_layers():
     assert [memory.count for memory in memories] == [T, 2 * T]
 
 
+def test_heads_on_their_own_merge_what_stays_alike_in_one_of_them():
+    """Head 0 never changes and head 1 always does: shared nothing merges, per head one of the two does."""
+    still = torch.randn(1, T, 1, DIM)
+    frames = [torch.cat([still, torch.randn(1, T, 1, DIM)], dim=2) for _ in range(8)]
+    shared = fill(TempCache(0.95), frames)
+    split = fill(TempCache(0.95, heads="per_head"), frames)
+    assert shared.count == 8 * T
+    assert [row.multiplicity for row in split.older[0].rows] == [((T, 6),), ((6 * T, 1),)]
+    q, k = torch.randn(1, 9, HEADS, DIM), torch.cat(frames, 1)
+    found, (out, lse) = read(split, q), attention64(q, k, k + 1, scale=0.3)
+    assert_within(found.out, out, F32, inputs=4)
+    assert_within(found.lse, lse, F32)
+    two = fill(TempCache(0.95, heads="per_head"), [torch.cat([f, f + 0.01]) for f in frames])
+    q = torch.randn(2, 9, HEADS, DIM)
+    k = torch.cat([torch.cat(frames, 1), torch.cat(frames, 1) + 0.01])
+    assert_within(read(two, q).out, attention64(q, k, k + 1, scale=0.3)[0], F32, inputs=4)
+
+
 def test_the_papers_variant_compares_unrotated_keys_and_keeps_the_newest():
     """One patch at one place, rotated by its frame: far apart as read, the same once the rotation is undone."""
     still = torch.randn(T, HEADS, DIM)

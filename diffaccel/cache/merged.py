@@ -219,10 +219,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class MergedTier:
-    """The rows of one layer. They differ in number of entries, so each batch row is read alone."""
+    """The rows of one layer: one a video of the batch, or one a head of each (`heads` rows a video).
+
+    They differ in number of entries, so each is read alone.
+    """
 
     rows: list[Row]
     bytes: int
+    heads: int = 1
 
     @property
     def count(self) -> int:
@@ -230,10 +234,15 @@ class MergedTier:
         return max(row.count for row in self.rows)
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
-        parts = [read(q[i : i + 1], row.entries()) for i, row in enumerate(self.rows)]
-        if len(parts) == 1:
-            return parts[0]
-        return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+        if len(self.rows) == 1:
+            return read(q, self.rows[0].entries())
+        parts = []
+        for number, own in enumerate(q.split(1)):
+            rows = self.rows[number * self.heads : (number + 1) * self.heads]
+            heads = own.split(q.shape[2] // self.heads, dim=2)
+            found = [read(head, row.entries()) for head, row in zip(heads, rows, strict=True)]
+            parts.append(Partial(*(torch.cat(same, dim=2) for same in zip(*found, strict=True))))
+        return Partial(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
     def frames(self) -> list[Tensor]:
         return [row.frames for row in self.rows]

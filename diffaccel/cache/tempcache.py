@@ -66,6 +66,11 @@ class TempCache(CachePolicy):
         "key of a merged entry: mean of its members, the last one, or the medoid; None: mean for phase, last for paper",
         choices=("mean", "last", "medoid"),
     )
+    heads: str = knob(
+        "shared",
+        "one set of entries for all heads of a layer, or one for each head, which merges more and reads head by head",
+        choices=("shared", "per_head"),
+    )
     sink_frames: int = knob(0, "first latent frames of the video, never merged and never evicted")
     recent_frames: int | None = knob(None, "newest latent frames that stay unmerged; None: the newest block")
     evict: str = knob(
@@ -158,8 +163,9 @@ class TempCache(CachePolicy):
         if self.budget is not None:
             assert run.extent is not None
             limit = self._room(run.extent)
+        k, v = self._rows(k), self._rows(v)
         if state.merged is None:
-            room = (limit or 0) + leaving
+            room = leaving if limit is None or run.extent is None else limit + max(leaving, run.extent.block.tokens)
             representative = self.representative or _REPRESENTATIVES[self.variant]
             state.merged = MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits)
         frames = taken[0].frames
@@ -172,9 +178,10 @@ class TempCache(CachePolicy):
         if limit is not None and state.merged.bound > limit:
             state.merged.evict(limit, self._worth(state.merged, memories, site), self.sink_frames)
         rows = state.merged.settle()
-        batch = len(rows) // len(memories)
+        each, held = len(rows) // len(memories), state.merged.bytes // len(memories)
+        heads = each // len(taken[0].k)
         for layer, memory in enumerate(memories):
-            memory.older = [MergedTier(rows[layer * batch : (layer + 1) * batch], state.merged.bytes // len(memories))]
+            memory.older = [MergedTier(rows[layer * each : (layer + 1) * each], held, heads)]
         run.fired("cache", self.bits or state.merged.absorbed * len(rows) - sum(row.count for row in rows))
 
     def describe(self, run: "Run") -> dict[str, Any]:
@@ -214,7 +221,8 @@ class TempCache(CachePolicy):
         assert self.budget is not None
         exact = (self._recent(extent.block) + extent.block.frames) * extent.block.tokens_per_frame
         vector = store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize)
-        return room_for(self.budget, extent, exact, extent.vectors * (2 * vector + EXTRA_BYTES))
+        extra = EXTRA_BYTES * (extent.heads if self.heads == "per_head" else 1)
+        return room_for(self.budget, extent, exact, extent.vectors * (2 * vector + extra))
 
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames
@@ -223,13 +231,13 @@ class TempCache(CachePolicy):
         """What decides which entries (R, C) stay when the budget is full."""
         if self.evict == "recency":
             return merged.count / (1.0 + site.start - merged.frame)
-        worth, batch = [], merged.rows // len(memories)
+        picks = torch.linspace(0, site.grid.tokens - 1, min(_QUERIES, site.grid.tokens)).long()
+        queries = self._rows(torch.cat([memory.queries for memory in memories])[:, picks.to(merged.count.device)])
+        exact = self._rows(torch.cat([memory.exact.past().entries.k for memory in memories]))
+        worth = []
         for number in range(merged.rows):
-            memory, row = memories[number // batch], number % batch
-            picks = torch.linspace(0, site.grid.tokens - 1, min(_QUERIES, site.grid.tokens)).long()
-            q = memory.queries[row, picks.to(merged.count.device)].float() * memory.queries.shape[-1] ** -0.5
-            exact = memory.exact.past().entries.k[row]
-            beside = torch.einsum("shd,nhd->shn", q, exact.float()).logsumexp(-1)
+            q = queries[number].float() * queries.shape[-1] ** -0.5
+            beside = torch.einsum("shd,nhd->shn", q, exact[number].float()).logsumexp(-1)
             scores = torch.einsum("shd,nhd->shn", q, merged.k.rows(number, merged.capacity)[0].float())
             scores = scores + merged.count[number].float().log()  # -inf where there is no entry
             total = torch.logaddexp(beside, scores.logsumexp(-1))
@@ -251,19 +259,21 @@ class TempCache(CachePolicy):
         blocks = [memory.exact.past().entries.k[:, -tokens:] for memory in memories]
         if state.scale is None:
             each = torch.stack([_squared(k).mean(dim=1) for k in blocks]).mean(dim=0)  # of each batch row
-            state.scale = each.repeat(len(blocks))[:, None]
+            heads = blocks[0].shape[2] if self.heads == "per_head" else 1
+            state.scale = (each / heads).repeat_interleave(heads).repeat(len(blocks))[:, None]
         for number in range(site.grid.frames):
             part = slice(number * per_frame, (number + 1) * per_frame)
             k = torch.cat([block[:, part] for block in blocks])
             alike = k
             if self.variant == "paper" and run.rotary is not None:
                 alike = unrotate(k, *(table[:, part] for table in run.rotary))
+            k, alike = self._rows(k), self._rows(alike)
             match = torch.arange(per_frame, device=k.device).expand(len(k), -1)
             similarity = torch.full(match.shape, -1.0, device=k.device)
             if state.newest is not None:
                 previous, previous_alike = state.newest
                 if self.matching == "query":
-                    q = torch.cat([memory.queries[:, part] for memory in memories])  # type: ignore[index]
+                    q = self._rows(torch.cat([memory.queries[:, part] for memory in memories]))
                     match = _nearest(q, previous, "ip")
                 elif self.matching == "key":
                     match = _nearest(alike, previous_alike, "l2" if self.variant == "phase" else "cosine")
@@ -273,6 +283,10 @@ class TempCache(CachePolicy):
                     state.best = torch.maximum(state.best.to(similarity), similarity.max())
             state.links[site.start + number] = match, similarity
             state.newest = k, alike
+
+    def _rows(self, x_RTHD: Tensor) -> Tensor:
+        """Vectors that are matched and merged as one: of all heads (R, T, H, D), or of each (R * H, T, 1, D)."""
+        return x_RTHD if self.heads == "shared" else x_RTHD.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
     def _similarity(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """Of keys (R, T, H, D), all heads together, (R, T)."""
@@ -291,7 +305,7 @@ class _State:
     """What one branch of a generation knows: links of the frames that are still recent, and the merged entries."""
 
     merged: MergedTokens | None = None
-    scale: Tensor | None = None  # mean squared key length of each row, (R, 1)
+    scale: Tensor | None = None  # mean squared key length of the first block, for each row (R, 1)
     newest: tuple[Tensor, Tensor] | None = None  # keys of the newest frame, as read and as compared
     links: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     best: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
