@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, FlashBlock, PadCollapse, RollingRebased, SinkRecent, TempCache
+from diffaccel.run import MOST_BLOCKS
 
 FRAMES = 20_001
 
@@ -25,7 +26,8 @@ def test_twenty_thousand_frames_neither_grow_nor_crash(cache):
 
     def look(pipe, block, blocks, tensors):
         if block in (blocks // 10, blocks - 1):
-            held = sum(len(v) for v in vars(run).values() if isinstance(v, (dict, list)))
+            held = sum(len(v) for k, v in vars(run).items() if isinstance(v, (dict, list)) and k != "_blocks")
+            assert len(run._blocks) <= MOST_BLOCKS
             caches = sum(memory.bytes for memory in run._memories.values())
             seen.append((held, caches, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
 
