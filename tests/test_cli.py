@@ -248,10 +248,7 @@ MISTAKES = {
     ),
     "knob range": (["p", "--set", "cache.threshold=1.5"], "threshold is a similarity in [0, 1]"),
     "unit": (["p", "--set", "cache.budget=3 parsecs"], "a budget is a number of tokens (40000), of latent frames"),
-    "small budget": (
-        ["p", "--set", "cache.budget=2 frames"],
-        "budget must hold 0 sink frames, 3 recent ones and the 3",
-    ),
+    "small budget": (["p", "--set", "cache.budget=1 frame"], "(0 + 1 + 1) x 6 = 12 tokens, 18.4 kB in all layers"),
     "knob choice": (["p", "--set", "cache.match=celll"], "did you mean 'cell'"),
     "suffix": (["p", "-o", "v.avi"], "not '.avi'"),
     "output folder": (["p", "-o", "gone/v.mp4"], "does not exist; create it first"),
