@@ -268,6 +268,9 @@ class Run:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
+    def all_memories(self) -> list[Memory]:
+        return list(self._memories.values())
+
     def frames_kept(self) -> set[int]:
         """Latent frames that some layer still holds an entry of (the newest frame of a merged one)."""
         tiers = (tier for memory in self._memories.values() for tier in memory.past() if tier.count)

@@ -1,5 +1,6 @@
 """Every technique that ships, in the order in which `diffaccel methods` lists them: the one place they are exported."""
 
+from .cache.host import HostCache
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.tempcache import TempCache
 from .policy import Policy
@@ -7,6 +8,14 @@ from .prompt.pad_collapse import PadCollapse
 from .reuse.flashblock import FlashBlock
 from .window.frame_window import FrameWindow
 
-TECHNIQUES: tuple[type[Policy], ...] = (TempCache, SinkRecent, RollingRebased, FlashBlock, FrameWindow, PadCollapse)
+TECHNIQUES: tuple[type[Policy], ...] = (
+    TempCache,
+    SinkRecent,
+    RollingRebased,
+    HostCache,
+    FlashBlock,
+    FrameWindow,
+    PadCollapse,
+)
 
-__all__ = ["FlashBlock", "FrameWindow", "PadCollapse", "RollingRebased", "SinkRecent", "TempCache"]
+__all__ = ["FlashBlock", "FrameWindow", "HostCache", "PadCollapse", "RollingRebased", "SinkRecent", "TempCache"]

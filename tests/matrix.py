@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from diffaccel import Accel, FlashBlock, FrameWindow, PadCollapse, RollingRebased, SinkRecent, TempCache
+from diffaccel import Accel, FlashBlock, FrameWindow, HostCache, PadCollapse, RollingRebased, SinkRecent, TempCache
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ MATRIX = [
         Accel(cache=TempCache(threshold=None, heads="per_head")),
         Accel(cache=TempCache(threshold=0.3, heads="per_head", budget="8 frames", bits=8)),
     ),
+    Row(Accel(cache=HostCache(piece_frames=2)), None, bits=False),
     Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),

@@ -136,6 +136,8 @@ BAD = [
     ("TempCache", {"budget": -1}, "a budget is a number of tokens .* got -1"),
     ("TempCache", {"budget": "8 parsecs"}, "units tokens, frames, .*; got '8 parsecs'"),
     ("TempCache", {"budget": "1.5 frames"}, "got '1.5 frames'"),
+    ("HostCache", {"recent_frames": -1}, "recent_frames=-1"),
+    ("HostCache", {"piece_frames": 0}, "piece_frames=0"),
     ("SinkRecent", {"recent_frames": 0}, "recent_frames=0"),
     ("SinkRecent", {"sink_frames": -1}, "sink_frames=-1"),
     ("RollingRebased", {"recent_frames": 0}, "recent_frames=0"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import assert_within, attention64
 
-from diffaccel import Grid, KnobError, RollingRebased, SinkRecent, Site, TempCache
+from diffaccel import Grid, HostCache, KnobError, RollingRebased, SinkRecent, Site, TempCache
 from diffaccel.cache import Entries, Extent, Memory
 from diffaccel.cache.budget import room_for
 from diffaccel.cache.merged import MergedTokens
@@ -419,3 +419,20 @@ def test_eight_bits_hardly_change_attention_and_two_do():
     memories = [fill(TempCache(None, bits=bits), frames) for bits in (8, 4, 2)]
     errors = [float((read(memory, q).out - out).norm() / out.norm()) for memory in memories]
     assert errors[0] < 0.01 < errors[1] < 0.05 < errors[2] < 0.3
+
+
+@pytest.mark.parametrize("piece", [1, 4, 50])
+def test_a_past_on_the_host_is_read_piece_by_piece_and_exactly(piece):
+    frames = [torch.randn(2, T, HEADS, DIM) for _ in range(14)]
+    memory = fill(HostCache(recent_frames=3, piece_frames=piece), frames)
+    [tier] = memory.older
+    assert (memory.count, memory.exact.count, tier.count) == (14 * T, 3 * T, 11 * T)
+    assert (tier.bytes, tier.host_bytes >= 11 * T * 2 * 2 * HEADS * DIM * 4) == (0, True)
+    assert torch.cat([f for t in memory.past() for f in t.frames()]).tolist() == [
+        f for f in range(14) for _ in range(T)
+    ]
+    q, k = torch.randn(2, 9, HEADS, DIM), torch.cat(frames, 1)
+    for _ in range(2):  # the second read finds the first piece on its way already
+        found, (out, lse) = read(memory, q), attention64(q, k, k + 1, scale=0.3)
+        assert_within(found.out, out, F32, inputs=4)
+        assert_within(found.lse, lse, F32)

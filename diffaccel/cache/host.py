@@ -1,0 +1,159 @@
+"""HostCache: every token of the past, the older ones in the host's memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..grid import Grid
+from ..kernel.merge import Partial, merge
+from ..policy import CachePolicy, knob
+from ..site import Site
+from .entries import Entries, Reader
+from .memory import Memory
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+
+@dataclass(frozen=True)
+class HostCache(CachePolicy):
+    """Keep everything, and what is no longer recent in (page-locked) host memory: for pasts larger than the GPU.
+
+    Older frames come back a piece at a time while the piece before is being read, and the first piece of the next layer
+    while this one computes; the pieces' partial attentions merge exactly. A read costs what the copy costs, about 25 to
+    55 GB/s, so this saves memory and not time. Offloaded caches of language models do the same (FlexGen,
+    arXiv 2303.06865).
+    """
+
+    paper: ClassVar[str] = "FlexGen, arXiv 2303.06865"
+    summary: ClassVar[str] = "keeps every token, those of older frames in host memory: lossless, saves GPU memory"
+    exact: ClassVar[dict[str, Any]] = {}
+
+    recent_frames: int | None = knob(None, "newest latent frames that stay on the device; None: the newest block")
+    piece_frames: int = knob(16, "latent frames that are brought back at once, >= 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            self.recent_frames is None or self.recent_frames >= 0,
+            "recent_frames is a number of latent frames >= 0, or None for the newest block",
+            recent_frames=self.recent_frames,
+        )
+        self.require(
+            self.piece_frames >= 1, "piece_frames is a number of latent frames >= 1", piece_frames=self.piece_frames
+        )
+
+    def expected_tokens(self, video_tokens: int, block: Grid) -> int:
+        """Room for the recent frames, a block that is leaving and one at work."""
+        recent = block.frames if self.recent_frames is None else self.recent_frames
+        return min(video_tokens, (recent + 2 * block.frames) * block.tokens_per_frame)
+
+    def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
+        """Move what is no longer recent to the host; called once a finished block and branch."""
+        per_frame = site.grid.tokens_per_frame
+        recent = site.grid.frames if self.recent_frames is None else self.recent_frames
+        leaving = memories[0].exact.count - recent * per_frame
+        if leaving <= 0:
+            return
+        if not memories[0].older:
+            tiers = [HostTier(self.piece_frames * per_frame) for _ in memories]
+            for number, (memory, tier) in enumerate(zip(memories, tiers, strict=True)):
+                tier.following = tiers[(number + 1) % len(tiers)]
+                memory.older.append(tier)
+        for memory in memories:
+            tier = memory.older[0]
+            assert isinstance(tier, HostTier)
+            tier.append(memory.exact.take_oldest(leaving))
+        run.fired("cache")
+
+    def describe(self, run: "Run") -> dict[str, Any]:
+        """How much lies in the host's memory."""
+        tiers = [tier for memory in run.all_memories() for tier in memory.older if isinstance(tier, HostTier)]
+        return {"host_bytes": sum(tier.host_bytes for tier in tiers)}
+
+    def why_idle(self, run: "Run") -> str:
+        return "no frame ever left the recent ones, so nothing moved to the host: generate more frames"
+
+
+class HostTier:
+    """Entries (B, N, H, D) in pieces on the host; a read brings one after the other to the queries' device."""
+
+    def __init__(self, piece: int) -> None:
+        self.piece, self.following = piece, self
+        self._k: list[Tensor] = []
+        self._v: list[Tensor] = []
+        self._frames = torch.empty(0, dtype=torch.int64)
+        self._coming: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def count(self) -> int:
+        return self._frames.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """On the device: nothing stays there."""
+        return 0
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(2 * k.numel() * k.element_size() for k in self._k)
+
+    def append(self, entries: Entries) -> None:
+        """Take entries over; the last piece is filled up first."""
+        assert entries.frames is not None
+        done = 0
+        while done < entries.count:
+            filled = self.count % self.piece
+            if not filled:
+                shape = (entries.k.shape[0], self.piece, *entries.k.shape[2:])
+                pinned = entries.k.is_cuda
+                for held in (self._k, self._v):
+                    held.append(torch.empty(shape, dtype=entries.k.dtype, pin_memory=pinned))
+            n = min(self.piece - filled, entries.count - done)
+            self._k[-1][:, filled : filled + n] = entries.k[:, done : done + n]
+            self._v[-1][:, filled : filled + n] = entries.v[:, done : done + n]
+            self._frames = torch.cat([self._frames, entries.frames[done : done + n]])
+            done += n
+        self._coming = None
+
+    def fetch(self, number: int, device: torch.device) -> None:
+        """Start to bring a piece to the device, beside what runs there."""
+        n = min(self.piece, self.count - number * self.piece)
+        if device.type != "cuda":
+            self._coming = number, self._k[number][:, :n].to(device), self._v[number][:, :n].to(device), None
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            k, v = (held[number][:, :n].to(device, non_blocking=True) for held in (self._k, self._v))
+            self._coming = number, k, v, self._stream.record_event()
+
+    def partial(self, q: Tensor, read: Reader) -> Partial:
+        result: Partial | None = None
+        for number in range(len(self._k)):
+            if self._coming is None or self._coming[0] != number:
+                self.fetch(number, q.device)
+            assert self._coming is not None
+            _, k, v, arrived = self._coming
+            if arrived is not None:
+                here = torch.cuda.current_stream(q.device)
+                here.wait_event(arrived)
+                for tensor in (k, v):
+                    tensor.record_stream(here)
+            self._coming = None
+            if number + 1 < len(self._k):
+                self.fetch(number + 1, q.device)
+            elif self.following.count:
+                self.following.fetch(0, q.device)
+            frames = self._frames[number * self.piece : number * self.piece + k.shape[1]]
+            found = read(q, Entries(k, v, frames))
+            result = found if result is None else merge([result, found])
+        assert result is not None
+        return result
+
+    def frames(self) -> list[Tensor]:
+        return [self._frames]
