@@ -72,7 +72,10 @@ class CachePolicy(Policy):
     slot = "cache"
     needs_blocks = True
 
-    needs_queries: ClassVar[bool] = False  # whether `Memory.queries` of the clean pass are kept for `commit`
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `Memory.queries` of the clean pass are kept for `commit`."""
+        return False
 
     def check(self, extent: "Extent") -> None:
         """Refuse a generation that the knobs do not fit with `KnobError`, before anything is computed."""

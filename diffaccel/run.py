@@ -153,9 +153,9 @@ class Run:
             memory.finish_block(self._where.grid.tokens)
         self.cache.commit(memories, self._where, self)
         self._max_tokens = max([self._max_tokens, *(memory.count for memory in memories)])
-        held = sum(memory.bytes for memory in self._memories.values())
-        self._note_bytes("cache", held)
-        self._note_block(memories, held)
+        size = sum(memory.bytes for memory in self._memories.values())
+        self._note_bytes("cache", size)
+        self._note_block(memories, size)
 
     def prepare_prompt(self, text_BND: Tensor) -> Tensor:
         """The prompt embeddings this forward should see; works once for each tensor and branch, not once a step."""

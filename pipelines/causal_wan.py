@@ -8,7 +8,7 @@ The pipeline says where it is; which keys are kept and read is decided by the `A
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -222,7 +222,7 @@ class CausalWanPipeline(WanPipeline):
         rollout.embeds.update(self._encode_prompts(call))
 
     @torch.no_grad()
-    def _stream(self, rollout: Rollout, decoder: streaming.StreamingDecoder | None) -> Iterator[Any]:
+    def _stream(self, rollout: Rollout, decoder: streaming.StreamingDecoder | None) -> Generator[Any, None, None]:
         output_type = rollout.call.output_type
         start = 0
         try:

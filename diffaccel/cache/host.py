@@ -64,9 +64,9 @@ class HostCache(CachePolicy):
                 tier.following = tiers[(number + 1) % len(tiers)]
                 memory.older.append(tier)
         for memory in memories:
-            tier = memory.older[0]
-            assert isinstance(tier, HostTier)
-            tier.append(memory.exact.take_oldest(leaving))
+            older = memory.older[0]
+            assert isinstance(older, HostTier)
+            older.append(memory.exact.take_oldest(leaving))
         run.fired("cache")
 
     def describe(self, run: "Run") -> dict[str, Any]:

@@ -63,7 +63,7 @@ class MergedTokens:
         self.bound = 0  # no row holds more than this
         self.absorbed = 0  # tokens taken by each row
         self.evicted = torch.zeros((), dtype=torch.int64, device=device)  # tokens that were in evicted entries
-        self.drift = Drift(*(torch.zeros((), device=device) for _ in range(2)), torch.ones((), device=device))
+        self.drift = Drift(*(torch.full((), start, device=device) for start in (0.0, 0.0, 1.0)))
 
     @property
     def capacity(self) -> int:
