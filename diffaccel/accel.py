@@ -134,7 +134,7 @@ class AppliedRun(Run):
         applied = bool(self.undo)
         while self.undo:
             self.undo.pop()()
-        self.forget()
+        self.forget()  # and with it the memory that caches hold
         if check and applied:
             self.check_engaged()
 

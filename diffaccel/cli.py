@@ -101,6 +101,10 @@ def generate(
 
         pipe, given = _open(model, pipeline, dtype, device, offload)
         accel = build_accel(preset or _default_preset(pipe), changes or [])
+        _require(
+            plots is None or getattr(pipe, "block_causal", False),
+            f"--plots draws the cache of block-by-block generation, and {type(pipe).__name__} has none; leave it out",
+        )
         wanted = {
             "width": given.width if width is None else width,
             "height": given.height if height is None else height,
@@ -123,9 +127,11 @@ def generate(
         if plots is not None:
             plots.mkdir(exist_ok=True)
             for number, result in enumerate(results):
+                name = "cache.png" if len(results) == 1 else f"cache-{number + 1}.png"
                 if result.report.get("blocks"):
-                    name = "cache.png" if len(results) == 1 else f"cache-{number + 1}.png"
                     typer.echo(f"plot: {plot_cache(result.report, plots / name)}")
+                else:
+                    typer.echo("no plot: no block was finished and kept, so there is nothing to draw")
         _finish(results, asked=preset is not None or bool(changes))
 
 
@@ -464,7 +470,7 @@ class _Job:
         with closing(stream):
             for chunk in stream:
                 writer.append(chunk[0])
-                show(None, None, run.report())
+                show(None, None, run)
 
     def _at_once(self, prompt: str, run: "Run", writer: Any, show: "_Shower") -> None:
         from .compare import generate as generate_once
@@ -550,7 +556,7 @@ def _out_console() -> "Console":
 
 @contextmanager
 def _progress(prompt: str) -> Iterator[_Shower]:
-    """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, report, label)`."""
+    """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, run, label)`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -565,15 +571,15 @@ def _progress(prompt: str) -> Iterator[_Shower]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(prompt[:40].replace("[", "("), total=None, speed="")
 
-        def show(done: int | None, total: int | None, report: "Report | None", label: str | None = None) -> None:
+        def show(done: int | None, total: int | None, run: "Run | None", label: str | None = None) -> None:
             if done is not None:
                 progress.update(task, completed=done, total=total)
             if label is not None:
                 progress.update(task, description=label)
-            if report is not None:
-                fps = "" if report.fps is None else f"{report.fps:.2f} frames/s, "
-                speed = f"{report.frames} frames, {fps}{_bytes(report.peak_memory_bytes)}"
-                progress.update(task, speed=speed)
+            if run is not None:
+                frames, fps, peak = run.speed()
+                rate = "" if fps is None else f"{fps:.2f} frames/s, "
+                progress.update(task, speed=f"{frames} frames, {rate}{_bytes(peak)}")
 
         yield show
 

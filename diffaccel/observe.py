@@ -28,20 +28,23 @@ class Observer:
         self.layers = sorted({0, layers // 2, layers - 1})
         self.recall: dict[int, list[tuple[int, float]]] = {layer: [] for layer in self.layers}
         self._keys: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._seen = dict.fromkeys(self.layers, -1)
 
     def see(self, memory: "Memory", q: Tensor, k: Tensor, site: Site) -> None:
-        """A block of keys (B, S, H, D) is about to be finished; the memory does not hold it yet."""
-        if site.phase != "clean" or site.branch != "cond" or site.layer not in self._keys:
-            return
+        """A block of keys (B, S, H, D) is about to be finished; it is not part of the memory's past yet."""
+        if site.phase != "clean" or site.branch != "cond" or site.start <= self._seen.get(site.layer, site.start):
+            return  # also a block that is recomputed under another prompt: its keys count once
+        self._seen[site.layer] = site.start
         heads = torch.linspace(0, q.shape[2] - 1, min(HEADS, q.shape[2])).long()
         picks = torch.linspace(0, q.shape[1] - 1, min(QUERIES, q.shape[1])).long()
         past = self._keys[site.layer]
         if past:
             some, scale = q[:, picks.to(q.device)], q.shape[-1] ** -0.5
             tiers = [tier for tier in memory.past() if tier.count]
-            kernel = KERNELS["reference"]
-            kept = merge([tier.partial(some, lambda q, e: over_entries(kernel, q, e, scale, None)) for tier in tiers])
-            scores = torch.einsum("shd,nhd->shn", some[0].cpu().float()[:, heads], torch.cat(past).float()) * scale
-            recall = (kept.lse[0].cpu().float()[:, heads] - scores.logsumexp(-1)).exp().clamp(max=1)
+            kernel, recall = KERNELS["reference"], torch.zeros(1)
+            if tiers:  # a cache may just have been flushed
+                read = [tier.partial(some, lambda q, e: over_entries(kernel, q, e, scale, None)) for tier in tiers]
+                scores = torch.einsum("shd,nhd->shn", some[0].cpu().float()[:, heads], torch.cat(past).float()) * scale
+                recall = (merge(read).lse[0].cpu().float()[:, heads] - scores.logsumexp(-1)).exp().clamp(max=1)
             self.recall[site.layer].append((site.start, round(float(recall.mean()), 4)))
         past.append(k[0].cpu()[:, heads])

@@ -55,6 +55,8 @@ def plot_cache(report: Mapping[str, Any], path: Path) -> Path:
     axis.set(title="recall of attention mass", xlabel="latent frame", ylim=(0, 1.02))
     if axis.lines:
         axis.legend()
+    else:
+        axis.text(0.5, 0.5, "not observed", ha="center", transform=axis.transAxes)
     axis = next(axes)
     histogram = report["cache"].get("multiplicity", {})
     axis.bar(list(histogram), list(histogram.values()))

@@ -65,6 +65,13 @@ class Policy(ABC):
             values = ", ".join(f"{name}={value!r}" for name, value in met.items())
             raise KnobError(f"{type(self).__name__}: {rule}, got {values}")
 
+    def require_frames(self, name: str, least: int = 0, none: str | None = None) -> None:
+        """Refuse a knob that is no number of latent frames; `none` says what None is for, where it is allowed."""
+        value = getattr(self, name)
+        unless = "" if none is None else f", or None {none}"
+        ok = none is not None if value is None else value >= least
+        self.require(ok, f"{name} is a number of latent frames >= {least}{unless}", **{name: value})
+
 
 class CachePolicy(Policy):
     """Slot cache: what is kept of earlier blocks?"""

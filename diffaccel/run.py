@@ -74,6 +74,8 @@ class Run:
         self._before = self._elapsed = 0.0
         self._frames = self._max_tokens = self._tokens_per_frame = 0
         self._blocks: list[dict[str, Any]] = []
+        self._cache_summary: dict[str, Any] = {}
+        self._idle: dict[str, str] = {}
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
 
@@ -90,7 +92,7 @@ class Run:
         self.observer = Observer(extent.layers) if self.observe and extent is not None else None
         self._blocks.clear()
         self.forget()
-        self._scratch.clear()
+        self._cache_summary = {}
         self._video_frames = frames
         self._before, self._elapsed, self._began = self._before + self._elapsed, 0.0, time.perf_counter()
         if torch.cuda.is_initialized():  # a fresh run does not know its device yet, and an older peak is not its own
@@ -124,6 +126,7 @@ class Run:
         """`frames` pixel frames came out."""
         self._frames += frames
         self._tick()
+        self._read_events()
 
     # -- called by a backbone ------------------------------------------------------------------------------------
 
@@ -214,7 +217,8 @@ class Run:
     def memory(self, site: Site) -> Memory:
         key = (site.branch, site.layer)
         if key not in self._memories:
-            tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, site.grid)
+            block = site.grid if self.extent is None else self.extent.block  # the first block may be a short one
+            tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, block)
             self._memories[key] = Memory(tokens, self.cache.needs_queries, self.observer)
         return self._memories[key]
 
@@ -271,6 +275,11 @@ class Run:
     def all_memories(self) -> list[Memory]:
         return list(self._memories.values())
 
+    def speed(self) -> tuple[int, float | None, int]:
+        """Pixel frames so far, frames a second, and peak memory in bytes, without waiting for the device."""
+        total = self._before + self._elapsed
+        return self._frames, self._frames / total if self._frames and total else None, _peak_memory(self._device)
+
     def frames_kept(self) -> set[int]:
         """Latent frames that some layer still holds an entry of (the newest frame of a merged one)."""
         tiers = (tier for memory in self._memories.values() for tier in memory.past() if tier.count)
@@ -280,14 +289,15 @@ class Run:
         """Drop every cache and what its policy knows, in the middle of a generation."""
         self._memories.clear()
         self._stored.clear()
-        for slot, branch in list(self._scratch):
-            if slot == "cache":
-                del self._scratch[slot, branch]
+        self._scratch.clear()
 
     def forget(self) -> None:
-        """Drop everything remembered of earlier blocks; counters stay."""
-        self._memories.clear()
-        self._stored.clear()
+        """Drop everything remembered of earlier blocks; counters stay, and what the report says of it."""
+        if self._memories:
+            self._cache_summary = self._describe_cache()
+            idle = {slot for slot, counts in self.slots.items() if not counts.engaged}
+            self._idle = {slot: self._policies[slot].why_idle(self) for slot in idle}
+        self.flush()
         self._texts.clear()
 
     def check_engaged(self) -> None:
@@ -295,7 +305,7 @@ class Run:
         if self._began is None:
             return
         idle = [
-            f"{counts.method} ({slot}): {self._policies[slot].why_idle(self)}"
+            f"{counts.method} ({slot}): {self._idle.get(slot) or self._policies[slot].why_idle(self)}"
             for slot, counts in self.slots.items()
             if not counts.engaged
         ]
@@ -304,12 +314,10 @@ class Run:
 
     def report(self) -> Report:
         """What happened so far, over all generations of this run."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-            self._seconds["attention"] += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-            self._events.clear()
+        self._read_events()
         measured = self._device is None or self._device.type == "cpu" or self.timing
         total = self._before + self._elapsed
+        frames, fps, peak = self.speed()
         return Report(
             slots={slot: found.rounded() for slot, found in self.slots.items()},
             kernel=", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel,
@@ -319,20 +327,29 @@ class Run:
                 "decode": self._seconds["decode"],
                 "total": total,
             },
-            frames=self._frames,
-            fps=self._frames / total if self._frames and total else None,
-            peak_memory_bytes=_peak_memory(self._device),
+            frames=frames,
+            fps=fps,
+            peak_memory_bytes=peak,
             cache={"max_tokens": self._max_tokens, "tokens_per_frame": self._tokens_per_frame}
-            | (self.cache.describe(self) if "cache" in self.slots else {})
+            | (self._describe_cache() if self._memories else self._cache_summary)
             | ({} if self.observer is None else {"recall": self.observer.recall}),
             blocks=_with_seconds(self._blocks),
             environment=environment(self._device, self._dtype),
         )
 
+    def _describe_cache(self) -> dict[str, Any]:
+        return self.cache.describe(self) if "cache" in self.slots else {}
+
+    def _read_events(self) -> None:
+        if self._events:
+            torch.cuda.synchronize(self._device)
+            self._seconds["attention"] += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events.clear()
+
     def _note_block(self, memories: list[Memory], held: int) -> None:
         """One line a finished block; of an endless video every second one, as often as need be."""
         frame = self._where.start + self._where.grid.frames
-        if self._blocks and self._blocks[-1]["frame"] == frame:  # the other branch
+        if self._blocks and frame <= self._blocks[-1]["frame"]:  # the other branch, or a block that is recomputed
             self._blocks[-1] |= {"bytes": held, "until": self._elapsed}
             return
         self._blocks.append(

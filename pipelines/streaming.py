@@ -76,8 +76,11 @@ class Stream(Iterator[Any]):
     def change_prompt(self, prompt: str | list[str], negative_prompt: str | list[str] | None = None) -> None:
         """Go on with another prompt from the next block on; the cache becomes what `on_prompt_change` says.
 
-        Raises `ValueError` for a prompt the pipeline would refuse, or another number of them.
+        Raises `ValueError` for a prompt the pipeline would refuse, or another number of them, and `UnsupportedError`
+        once the video has ended.
         """
+        if self._chunks.gi_frame is None:
+            raise UnsupportedError("the video of this stream has ended, so no block would follow another prompt")
         self._change(prompt, negative_prompt)
 
 

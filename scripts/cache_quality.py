@@ -103,6 +103,11 @@ def arms(frames: int) -> list[Arm]:
     return found
 
 
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What must agree between results of one table."""
+    return {name: getattr(options, name) for name in ("model", "frames", "prompts", "returns", "dtype")}
+
+
 class Bench:
     """The model, the dense run and what arms are compared with."""
 
@@ -110,7 +115,7 @@ class Bench:
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = load(options.model, pipeline="causal", device=self.device, dtype=options.dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        self.prompts, self.frames = list(PROMPTS[: options.prompts]), options.frames
+        self.prompts, self.frames, self.settings = list(PROMPTS[: options.prompts]), options.frames, settings(options)
         self.scenes = [scene for event in RETURNS for scene in memory_scenes(event, options.returns)[0]]
         self.dense, _ = self.generate(Accel())
         self.video = self.decode(self.dense)
@@ -145,14 +150,13 @@ class Bench:
         return np.concatenate([np.rint(255 * np.asarray(row)).astype(np.uint8) for row in rows])
 
     def distance(self, latents: Tensor) -> dict[str, float]:
-        """Mean over frames and prompts of PSNR (capped at 100 dB) and SSIM to the dense video, first block left out."""
+        """PSNR (of the error pooled over frames and prompts) and mean SSIM to the dense video, first block left out."""
         first = 1 + 4 * (BLOCK - 1)
         pairs = list(zip(self.decode(latents)[:, first:], self.video[:, first:], strict=True))
-        decibels = np.array([np.minimum(psnr(a, b), 100) for a, b in pairs])
-        last = decibels[:, -4 * BLOCK :]
+        errors = 10 ** (-np.array([psnr(a, b) for a, b in pairs]) / 10)
         return {
-            "psnr": round(float(decibels.mean()), 2),
-            "psnr_last_block": round(float(last.mean()), 2),
+            "psnr": pooled(errors),
+            "psnr_last_block": pooled(errors[:, -4 * BLOCK :]),
             "ssim": round(float(np.mean([ssim(a, b).mean() for a, b in pairs])), 4),
         }
 
@@ -171,6 +175,7 @@ class Bench:
         recall = [points[-1][1] for points in report.cache.get("recall", {}).values() if points]
         row: dict[str, Any] = {
             "arm": arm.name,
+            **self.settings,
             "memory": round(blocks[-1]["tokens"] / blocks[-1]["seen"], 3) if blocks else 1.0,
             "bytes": blocks[-1]["bytes"] if blocks else 0,
             "shared": self.distance(shared),
@@ -181,6 +186,11 @@ class Bench:
         if self.scenes and not arm.seed:
             row["returns"] = round(self.returns(arm.accel), 3)
         return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def pooled(errors: np.ndarray) -> float:
+    """dB of a mean of squared errors; 100 for none, as JSON has no infinity."""
+    return round(float(-10 * np.log10(max(errors.mean(), 1e-10))), 2)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -238,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for row in rows:
+        if any(row[name] != value for name, value in settings(options).items()):
+            print(f"{results} holds arms of other settings ({row['arm']}: {row}); name another --out", file=sys.stderr)
+            return 2
     wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name]
     missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
     bench = Bench(options) if missing else None

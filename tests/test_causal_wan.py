@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import CHANNELS, HEIGHT, TEXT_DIM, WIDTH, tiny_components, tiny_pipeline
 
-from diffaccel import Accel, SinkRecent
+from diffaccel import Accel, RollingRebased, SinkRecent
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import CausalWanPipeline, block_ranges
 from diffaccel.pipelines.inputs import block_schedule
@@ -502,6 +502,21 @@ def test_a_flushed_cache_holds_the_last_block_only(pipe):
     assert counts[:: SETTINGS["num_inference_steps"]] == [0, 1, 3, 6]
 
 
+def test_a_rebased_sink_after_a_flush_moves_by_its_own_gap(pipe):
+    moved = []
+    with Accel(cache=RollingRebased(recent_frames=3, sink_frames=3))(pipe) as run:
+        later = run.later
+        run.later = lambda k, frames: moved.append(frames) or later(k, frames)
+        stream = pipe.stream(
+            PROMPT, generator=seed(), on_prompt_change="flush", guidance_scale=1.0, **{**SETTINGS, "num_frames": 97}
+        )
+        next(stream), next(stream), next(stream)
+        stream.change_prompt(OTHER)
+        list(stream)
+    # the sink is now frames 4 to 6: nothing lies between it and frames 7 to 9, then one block after the other
+    assert sorted(set(moved)) == [3, 6, 9, 12]
+
+
 def test_only_blocks_still_held_are_recomputed(pipe):
     clean = []
     forward = pipe.transformer.forward
@@ -530,6 +545,8 @@ def test_a_bad_change_is_refused_and_the_stream_goes_on(pipe, prompt, message):
     with pytest.raises(ValueError, match=message):
         stream.change_prompt(prompt)
     assert torch.equal(torch.cat([first, *stream], dim=2), generate(pipe))
+    with pytest.raises(UnsupportedError, match="has ended"):
+        stream.change_prompt(OTHER)
     with pytest.raises(ValueError, match="did you mean 'flush'"):
         generate(pipe, on_prompt_change="flsh")
 

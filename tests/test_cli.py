@@ -247,8 +247,12 @@ MISTAKES = {
         "cache.threshold takes a number or numbers with commas between or none, got 'high'",
     ),
     "knob range": (["p", "--set", "cache.threshold=1.5"], "threshold is a similarity in [0, 1]"),
+    "plots": (["p", "--plots", "empty.txt"], "--plots names a folder, and 'empty.txt' is a file"),
     "unit": (["p", "--set", "cache.budget=3 parsecs"], "a budget is a number of tokens (40000), of latent frames"),
-    "small budget": (["p", "--set", "cache.budget=1 frame"], "(0 + 1 + 1) x 6 = 12 tokens, 18.4 kB in all layers"),
+    "small budget": (
+        ["p", "--set", "cache.budget=1 frame"],
+        "(0 + 1 + 1) x 6 = 12 tokens, or 29.4 kB of buffers in all layers",
+    ),
     "knob choice": (["p", "--set", "cache.match=celll"], "did you mean 'cell'"),
     "suffix": (["p", "-o", "v.avi"], "not '.avi'"),
     "output folder": (["p", "-o", "gone/v.mp4"], "does not exist; create it first"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from diffaccel import Accel, SinkRecent, TempCache
+from diffaccel import Accel, HostCache, SinkRecent, TempCache
 from diffaccel.plots import PlotError, plot_cache
 
 CALL = {"height": 32, "width": 48, "num_frames": 49, "num_inference_steps": 2, "output_type": "latent"}
@@ -78,3 +78,34 @@ def test_without_the_library_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotError, match=r"pip install 'diffaccel\[plots\]'"):
         plot_cache({"blocks": [1]}, tmp_path / "cache.png")
+
+
+@pytest.mark.parametrize("how", ["recompute", "flush"])
+def test_a_change_of_prompt_keeps_lines_in_order_and_recall_of_what_is_left(pipe, how):
+    call = {**CALL, "num_frames": 61, "on_prompt_change": how}
+    with Accel()(pipe, observe=True) as run:
+        stream = pipe.stream("a red circle moves left", generator=torch.Generator().manual_seed(0), **call)
+        next(stream), next(stream), next(stream)
+        stream.change_prompt("the blue square moves up")
+        list(stream)
+    report = run.report()
+    assert [block["frame"] for block in report.blocks] == [1, 4, 7, 10, 13]
+    assert all(block["seconds"] > 0 for block in report.blocks)
+    recall = dict(report.cache["recall"][0])
+    assert sorted(recall) == [1, 4, 7, 10]
+    if how == "flush":
+        assert recall[4] == 0  # the block before the change is the first of the new cache
+        assert 0 < recall[10] < 0.95
+    else:
+        assert recall[10] > 0.8  # the same tokens, seen under another prompt
+
+
+def test_a_run_that_was_left_holds_no_cache_and_still_says_what_it_held(pipe):
+    for cache in (TempCache(threshold=0.3), HostCache()):
+        with Accel(cache=cache)(pipe) as run:
+            pipe("a red circle moves left", **CALL)
+        assert not run._memories
+        assert not run._scratch
+        held = run.report().cache
+        assert held["max_tokens"] > 0
+        assert held.get("merged_tokens", 0) + held.get("host_bytes", 0) > 0

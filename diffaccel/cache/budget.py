@@ -58,10 +58,14 @@ def readable(size: int) -> str:
 
 
 def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_token: int) -> int:
-    """Tokens a layer may hold beside `exact_tokens` under `budget`, at `bytes_per_token` in all layers; may be < 0."""
+    """Tokens a layer may hold beside `exact_tokens` under `budget`, at `bytes_per_token` in all layers; may be < 0.
+
+    A budget in bytes is that of the buffers, which have room for one block more.
+    """
     amount, unit = parse_budget(budget)
     if unit == "tokens":
         return int(amount) - exact_tokens
     if unit == "frames":
         return int(amount) * extent.block.tokens_per_frame - exact_tokens
-    return (int(amount * _UNITS[unit]) - exact_tokens * extent.bytes_per_token) // bytes_per_token
+    left = int(amount * _UNITS[unit]) - exact_tokens * extent.bytes_per_token
+    return left // bytes_per_token - extent.block.tokens

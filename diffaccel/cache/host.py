@@ -23,9 +23,8 @@ class HostCache(CachePolicy):
     """Keep everything, and what is no longer recent in (page-locked) host memory: for pasts larger than the GPU.
 
     Older frames come back a piece at a time while the piece before is being read, and the first piece of the next layer
-    while this one computes; the pieces' partial attentions merge exactly. A read costs what the copy costs, about 25 to
-    55 GB/s, so this saves memory and not time. Offloaded caches of language models do the same (FlexGen,
-    arXiv 2303.06865).
+    while this one computes; the pieces' partial attentions merge exactly. A read costs what the copy costs, so
+    this saves memory and not time. Offloaded caches of language models do the same (FlexGen, arXiv 2303.06865).
     """
 
     paper: ClassVar[str] = "FlexGen, arXiv 2303.06865"
@@ -37,19 +36,13 @@ class HostCache(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            self.recent_frames is None or self.recent_frames >= 0,
-            "recent_frames is a number of latent frames >= 0, or None for the newest block",
-            recent_frames=self.recent_frames,
-        )
-        self.require(
-            self.piece_frames >= 1, "piece_frames is a number of latent frames >= 1", piece_frames=self.piece_frames
-        )
+        self.require_frames("recent_frames", none="for the newest block")
+        self.require_frames("piece_frames", 1)
 
     def expected_tokens(self, video_tokens: int, block: Grid) -> int:
-        """Room for the recent frames, a block that is leaving and one at work."""
+        """Room for the recent frames and a block at work."""
         recent = block.frames if self.recent_frames is None else self.recent_frames
-        return min(video_tokens, (recent + 2 * block.frames) * block.tokens_per_frame)
+        return min(video_tokens, (recent + block.frames) * block.tokens_per_frame)
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Move what is no longer recent to the host; called once a finished block and branch."""

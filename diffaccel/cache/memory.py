@@ -34,12 +34,12 @@ class Memory:
 
         The queries of a clean pass are held until the next one, for policies that match by them.
         """
+        self.exact.place(k, v, site.grid.frame_of_token(site.start))
         if queries is not None and site.phase == "clean":
             if self.keep_queries:
                 self.queries = queries
             if self.observer is not None:
                 self.observer.see(self, queries, k, site)
-        self.exact.place(k, v, site.grid.frame_of_token(site.start))
 
     def past(self) -> list[Tier]:
         return [*self.older, self.exact.past()]

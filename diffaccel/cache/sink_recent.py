@@ -34,20 +34,14 @@ class SinkRecent(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            self.recent_frames is None or self.recent_frames >= 1,
-            "recent_frames is a number of latent frames >= 1, or None to keep all",
-            recent_frames=self.recent_frames,
-        )
-        self.require(
-            self.sink_frames >= 0, "sink_frames is a number of latent frames >= 0", sink_frames=self.sink_frames
-        )
+        self.require_frames("recent_frames", 1, none="to keep all")
+        self.require_frames("sink_frames")
 
     def expected_tokens(self, video_tokens: int, block: Grid) -> int:
-        """Room for what stays, a finished block and one at work."""
+        """Room for what stays and a block at work."""
         if self.recent_frames is None:
             return video_tokens
-        return min(video_tokens, (self.sink_frames + self.recent_frames + 2 * block.frames) * block.tokens_per_frame)
+        return min(video_tokens, (self.sink_frames + self.recent_frames + block.frames) * block.tokens_per_frame)
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Drop the frames between the sink and the newest ones; called once a finished block and branch."""
@@ -90,7 +84,9 @@ class RollingRebased(SinkRecent):
         super().commit(memories, site, run)
         if self.recent_frames is None or not sink or memories[0].exact.count <= sink:
             return
-        forgotten = int(memories[0].exact.past().entries.frames[sink]) - self.sink_frames  # type: ignore[index]
+        frames = memories[0].exact.past().entries.frames
+        assert frames is not None
+        forgotten = int(frames[sink]) - int(frames[sink - 1]) - 1
         if not forgotten:
             return
         if run.later is None:

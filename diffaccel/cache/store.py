@@ -81,7 +81,7 @@ class Quantised:
         device = like_RTHD.device
         self._codes = torch.zeros(rows, capacity, heads * dim * bits // 8, dtype=torch.uint8, device=device)
         self._range = torch.zeros(rows, capacity, heads, 2, dtype=torch.float16, device=device)  # lowest value and step
-        self._size = torch.ones(rows, 1, heads, dim, device=device)
+        self._size = torch.ones(rows, 1, 1, 1, device=device)
         if channels:
             self._size = like_RTHD.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
 

@@ -90,14 +90,8 @@ class TempCache(CachePolicy):
             "threshold is a similarity in [0, 1], or a tuple of one for each layer, or None to never merge",
             threshold=self.threshold,
         )
-        self.require(
-            self.sink_frames >= 0, "sink_frames is a number of latent frames >= 0", sink_frames=self.sink_frames
-        )
-        self.require(
-            self.recent_frames is None or self.recent_frames >= 0,
-            "recent_frames is a number of latent frames >= 0, or None for the newest block",
-            recent_frames=self.recent_frames,
-        )
+        self.require_frames("sink_frames")
+        self.require_frames("recent_frames", none="for the newest block")
         self.require(
             self.max_multiplicity is None or self.max_multiplicity >= 1,
             "max_multiplicity is a number of tokens >= 1, or None for no limit",
@@ -115,8 +109,8 @@ class TempCache(CachePolicy):
 
     @property
     def needs_queries(self) -> bool:
-        asked = self.matching == "query" or (self.evict == "mass" and self.budget is not None)
-        return asked and not self.is_exact
+        matched = self.matching == "query" and self.threshold is not None
+        return matched or (self.evict == "mass" and self.budget is not None)
 
     def check(self, extent: Extent) -> None:
         """Refuse a generation that the knobs do not fit, before anything is computed."""
@@ -130,20 +124,21 @@ class TempCache(CachePolicy):
             return
         per_frame, block = extent.block.tokens_per_frame, extent.block.frames
         recent, room = self._recent(extent.block), self._room(extent)
-        needed = (self.sink_frames + recent + block) * per_frame
+        exact, moving = (recent + block) * per_frame, (self.sink_frames + block) * per_frame
+        size = exact * extent.bytes_per_token + moving * self._bytes_per_entry(extent)
         self.require(
             room >= self.sink_frames * per_frame,
             f"budget must hold {self.sink_frames} sink frames, {recent} recent ones and the {block} of the block at "
-            f"work: ({self.sink_frames} + {recent} + {block}) x {per_frame} = {needed} tokens, "
-            f"{readable(needed * extent.bytes_per_token)} in all layers",
+            f"work: ({self.sink_frames} + {recent} + {block}) x {per_frame} = {self.sink_frames * per_frame + exact} "
+            f"tokens, or {readable(size)} of buffers in all layers",
             budget=self.budget,
         )
 
     def expected_tokens(self, video_tokens: int, block: Grid) -> int:
-        """Tokens the exact tier should make room for: the recent ones, a block that is leaving, one at work."""
+        """Tokens the exact tier should make room for: the recent ones and a block at work."""
         if self.is_exact:
             return video_tokens
-        return (self._recent(block) + 2 * block.frames) * block.tokens_per_frame
+        return (self._recent(block) + block.frames) * block.tokens_per_frame
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Match the finished block, move what is no longer recent into the merged tier; once a block and branch."""
@@ -202,8 +197,7 @@ class TempCache(CachePolicy):
 
     def why_idle(self, run: "Run") -> str:
         states = [s["state"] for s in run.all_scratch("cache") if "state" in s]
-        best = max((float(state.best) for state in states if state.merged is not None), default=-1.0)
-        if best < 0:
+        if not any(state.merged for state in states):
             return (
                 "no frame ever left the recent ones, so nothing could merge: generate more frames, "
                 f"or lower recent_frames (now {self.recent_frames})"
@@ -211,6 +205,7 @@ class TempCache(CachePolicy):
         limit = "" if self.budget is None else f", and the past never outgrew budget={self.budget!r}"
         if self.threshold is None:
             return f"threshold=None never merges{limit}"
+        best = max(float(state.best) for state in states)
         return (
             f"no pair of keys reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
             "lower the threshold"
@@ -220,9 +215,14 @@ class TempCache(CachePolicy):
         """Merged entries that the budget leaves room for beside the recent frames and the block at work."""
         assert self.budget is not None
         exact = (self._recent(extent.block) + extent.block.frames) * extent.block.tokens_per_frame
+        return room_for(self.budget, extent, exact, self._bytes_per_entry(extent))
+
+    def _bytes_per_entry(self, extent: Extent) -> int:
+        """What a merged entry takes in all layers, rows and branches."""
         vector = store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize)
         extra = EXTRA_BYTES * (extent.heads if self.heads == "per_head" else 1)
-        return room_for(self.budget, extent, exact, extent.vectors * (2 * vector + extra))
+        vectors = 3 if self.representative == "medoid" else 2  # it keeps the mean of the keys beside the medoid
+        return extent.vectors * (vectors * vector + extra)
 
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames
@@ -270,7 +270,7 @@ class TempCache(CachePolicy):
             k, alike = self._rows(k), self._rows(alike)
             match = torch.arange(per_frame, device=k.device).expand(len(k), -1)
             similarity = torch.full(match.shape, -1.0, device=k.device)
-            if state.newest is not None:
+            if state.newest is not None and self.threshold is not None:
                 previous, previous_alike = state.newest
                 if self.matching == "query":
                     q = self._rows(torch.cat([memory.queries[:, part] for memory in memories]))

@@ -33,10 +33,8 @@ class FrameWindow(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.frames is None or self.frames >= 0, "frames is >= 0, or None for all", frames=self.frames)
-        self.require(
-            self.sink_frames >= 0, "sink_frames is a number of latent frames >= 0", sink_frames=self.sink_frames
-        )
+        self.require_frames("frames", none="for all")
+        self.require_frames("sink_frames")
 
     def plan(self, q: Tensor, entries: Entries, site: Site) -> Plan | None:
         """The entries inside the window; None where that is all of them."""
