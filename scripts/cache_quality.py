@@ -175,7 +175,7 @@ class Bench:
         recall = [points[-1][1] for points in report.cache.get("recall", {}).values() if points]
         row: dict[str, Any] = {
             "arm": arm.name,
-            **self.settings,
+            "settings": self.settings,
             "memory": round(blocks[-1]["tokens"] / blocks[-1]["seen"], 3) if blocks else 1.0,
             "bytes": blocks[-1]["bytes"] if blocks else 0,
             "shared": self.distance(shared),
@@ -249,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = options.out / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for row in rows:
-        if any(row[name] != value for name, value in settings(options).items()):
-            print(f"{results} holds arms of other settings ({row['arm']}: {row}); name another --out", file=sys.stderr)
+        if row["settings"] != settings(options):
+            print(f"{results} holds results of {row['settings']}; name another --out", file=sys.stderr)
             return 2
     wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name]
     missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
