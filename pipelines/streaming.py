@@ -6,6 +6,7 @@ frames in a list while it decodes a whole video, one latent frame a call, and dr
 a call where they are small: the same convolutions, three to four times faster on a CPU.
 """
 
+import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Stream(Iterator[Any]):
         Raises `ValueError` for a prompt the pipeline would refuse, or another number of them, and `UnsupportedError`
         once the video has ended.
         """
-        if self._chunks.gi_frame is None:
+        if inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED:
             raise UnsupportedError("the video of this stream has ended, so no block would follow another prompt")
         self._change(prompt, negative_prompt)
 
