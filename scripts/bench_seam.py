@@ -204,7 +204,7 @@ class Bench:
             if name != "reference" and kernel.unusable(self.device, self.dtype, dim) is None:
                 arms[f"with lse, {name}"] = lambda kernel=kernel: kernel.partial(q, k, v, scale=scale)
         kernel = KERNELS[self.kernel]
-        for groups in (2, 4, 8, 16):
+        for groups in (2, 4, 8, 16, 32):
             sizes = tuple((past // groups, m + 1) for m in range(groups))
             entries = Entries(k[:, : sum(n for n, _ in sizes)], v[:, : sum(n for n, _ in sizes)], None, sizes)
             arms[f"{groups} multiplicities"] = lambda e=entries: over_entries(kernel, q, e, scale, None)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from matrix import MATRIX
+from oracle import assert_within, attention64
 from test_policies import generate, ids
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, FlashBlock, PadCollapse, TempCache
+from diffaccel.cache import Entries
+from diffaccel.kernel import KERNELS
+from diffaccel.kernel.weighted import grouped, launches, over_entries
 
 pytestmark = pytest.mark.gpu
 
@@ -52,9 +56,69 @@ def test_grouped_multiplicities_equal_a_written_out_bias(pipe):
     assert float((fast - slow).abs().max()) <= room
 
 
+MANY = {
+    "all small": tuple((1 + 7 * (m % 5), m) for m in range(1, 41)),
+    "a large one between": tuple((900 if m in (1, 20) else 1 + 7 * (m % 5), m) for m in range(1, 41)),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["sdpa", "split", "fa3"])
+def test_forty_multiplicities_equal_the_reference_with_a_bias(name, dtype, dim, kind):
+    kernel, device = KERNELS[name], torch.device("cuda")
+    reason = kernel.unusable(device, dtype, dim)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    sizes = MANY[kind]
+    count = sum(n for n, _ in sizes)
+    q, k, v = (torch.randn(2, n, 3, dim, device=device).to(dtype) for n in (129, count, count))
+    entries, scale = Entries(k, v, multiplicity=sizes), dim**-0.5
+    alone, together = launches(sizes)
+    assert len(alone) == (0 if kind == "all small" else 2)
+    assert len(alone) + len(together) == 40
+    found = over_entries(kernel, q, entries, scale, None)
+    assert found.out.dtype == dtype
+    exact = attention64(q, k, v, log_weight=entries.log_weight())
+    written_out = KERNELS["reference"].partial(q, k, v, scale=scale, log_weight=entries.log_weight())
+    for out, lse in (exact, written_out):
+        # each launch rounds its result to the dtype, and the merge once more
+        assert_within(found.out, out, dtype, inputs=2 * float(v.abs().max()))
+        assert_within(found.lse, lse, torch.float32)
+
+
+def test_the_small_groups_take_one_launch(monkeypatch):
+    """Where the kernel has room for the channels, which every GPU's has at 64."""
+    sizes, calls = MANY["a large one between"], []
+    count = sum(n for n, _ in sizes)
+    q, k, v = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (33, count, count))
+    sdpa = KERNELS["sdpa"]
+    plain = sdpa.partial
+    monkeypatch.setattr(sdpa, "partial", lambda *a, **k: calls.append(a[1].shape[-1]) or plain(*a, **k))
+    over_entries(sdpa, q, Entries(k, v, multiplicity=sizes), 0.125, None)
+    assert calls == [64, 64, 72]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_grouping_does_not_wait_for_the_device():
+    sizes = MANY["a large one between"]
+    count = sum(n for n, _ in sizes)
+    q, k, v = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (33, count, count))
+    entries = Entries(k, v, multiplicity=sizes)
+    grouped(KERNELS["sdpa"], q, entries, 0.125)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped(KERNELS["sdpa"], q, entries, 0.125)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, while it compiles
 def test_one_compiled_graph_for_all_layers():
     pipe = tiny_pipeline(layers=6, head_dim=32).to("cuda", dtype=torch.bfloat16)
-    accel = Accel(cache=TempCache(threshold=0.3), reuse=FlashBlock(refresh=2), prompt=PadCollapse())
+    accel = Accel(cache=TempCache(0.3, budget="7 frames"), reuse=FlashBlock(refresh=2), prompt=PadCollapse())
     expected, _ = generate(pipe, accel)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

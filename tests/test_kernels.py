@@ -1,5 +1,8 @@
 """Every kernel computes what `reference` defines, and `reference` computes softmax attention."""
 
+from math import log
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import assert_within, attention64
@@ -8,7 +11,7 @@ from diffaccel import KernelError, KnobError, Plan
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS, Partial, merge, nothing, resolve
 from diffaccel.kernel.merge import merge_eager
-from diffaccel.kernel.weighted import over_entries
+from diffaccel.kernel.weighted import grouped, launches, log_channels, over_entries
 
 SHAPES = [  # B, S, N, H, D
     (1, 1, 1, 1, 8),
@@ -152,6 +155,105 @@ def test_three_exact_routes_for_a_multiplicity(device, sizes):
     ):
         assert_within(found.out, out, dtype, inputs=float(v.abs().max()))
         assert_within(found.lse, lse, torch.float32)
+
+
+# Kinds of multiplicity as ((entries, tokens each), ...), and how many launches they take.
+GROUPS = {
+    "all small": (tuple((3, m) for m in (*range(1, 24), 1000)), 1),
+    "one key each": (tuple((1, m) for m in (*range(1, 24), 1000)), 1),
+    "small ones around a large one": (((2, 1), (9, 2), (60, 3), (1, 4), (7, 1000)), 2),
+    "small ones between large ones": (((40, 1), (3, 2), (40, 3), (1, 1000), (40, 4), (2, 5), (1, 7)), 4),
+    "some without entries": (((0, 1), (50, 2), (0, 3), (1, 4), (1, 1000)), 2),
+    "none with entries": (((0, 1), (0, 2)), 2),
+    "a single small one": (((50, 1), (2, 1000)), 2),
+    "one": (((13, 1000),), 1),
+    "eight of an eighth": (tuple((2, m) for m in range(1, 9)), 8),
+    "nine of a ninth": (tuple((2, m) for m in range(1, 10)), 1),
+}
+
+
+def counted(kernel, width=None):
+    """`kernel`, keeping the widths of keys and values of its calls; `width` in place of its own `value_width`."""
+    calls = []
+
+    def partial(q, k, v, **options):
+        assert "log_weight" not in options
+        calls.append((k.shape[-1], v.shape[-1]))
+        return kernel.partial(q, k, v, **options)
+
+    return SimpleNamespace(partial=partial, value_width=width or kernel.value_width, calls=calls)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["reference", "reference, padded values", "sdpa"])
+@pytest.mark.parametrize("kind", GROUPS)
+def test_small_groups_in_one_launch_equal_a_bias(kind, name, dtype, dim):
+    """The log-weight as channels of the keys, against fp64 and the same bounds as any kernel."""
+    sizes, count = GROUPS[kind]
+    q, k, v = tensors((2, 9, sum(n for n, _ in sizes), 2, dim), dtype)
+    entries = Entries(k, v, multiplicity=sizes)
+    padded = (lambda device, dtype, key_dim, value_dim: key_dim) if "padded" in name else None
+    kernel = counted(KERNELS[name.split(",")[0]], padded)
+    found = grouped(kernel, q, entries, dim**-0.5)
+    weight = torch.tensor([log(m) for n, m in sizes for _ in range(n)], dtype=torch.float64)
+    out, lse = attention64(q, k, v, log_weight=weight)
+    assert found.out.dtype == dtype
+    assert found.lse.dtype == torch.float32
+    # each launch rounds its result to the dtype, and the merge once more
+    assert_within(found.out, out, dtype, inputs=(2 if count > 1 else 1) * float(v.abs().max()) if v.numel() else 0.0)
+    assert_within(found.lse, lse, torch.float32)
+    assert len(kernel.calls) == count
+    wide = dim if name == "reference" else dim + 8
+    assert sorted(kernel.calls)[:-1] == [(dim, dim)] * (count - 1)
+    assert max(kernel.calls) in ((dim, dim), (dim + 8, wide))
+
+
+def test_a_kernel_without_room_reads_every_group_alone():
+    sizes, _ = GROUPS["small ones between large ones"]
+    q, k, v = tensors((1, 9, sum(n for n, _ in sizes), 2, 64), torch.float32)
+    entries = Entries(k, v, multiplicity=sizes)
+    kernel = counted(KERNELS["sdpa"], lambda *_: None)
+    found = grouped(kernel, q, entries, 0.3)
+    out, lse = attention64(q, k, v, scale=0.3, log_weight=entries.log_weight())
+    assert kernel.calls == [(64, 64)] * len(sizes)
+    assert_within(found.out, out, torch.float32, inputs=2 * float(v.abs().max()))
+    assert_within(found.lse, lse, torch.float32)
+
+
+def test_groups_of_an_eighth_are_read_alone():
+    alone, together = launches(((2, 1), (10, 2), (9, 3), (0, 4), (59, 5)))  # of 80
+    assert alone == [(slice(2, 12), 2), (slice(21, 80), 5)]
+    assert together == [(slice(0, 2), 1), (slice(12, 21), 3), (slice(21, 21), 4)]
+    alone, together = launches(((71, 1), (9, 2)))  # one of the two is small: nothing to share a launch with
+    assert alone == [(slice(0, 71), 1), (slice(71, 80), 2)]
+    assert together == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [8, 64, 128, 256])
+def test_three_parts_hold_a_log_weight_as_fp32_does(dim, dtype):
+    tokens, scale = (*range(1, 200), 1000, 10**6), dim**-0.5
+    groups = [(slice(2 * i, 2 * i + 2), m) for i, m in enumerate(tokens)]
+    channels = log_channels(groups, scale, torch.empty(0, dtype=dtype))
+    assert channels.dtype == dtype
+    assert channels.shape == (2 * len(tokens), 8)
+    exact = torch.tensor([log(m) for m in tokens for _ in range(2)], dtype=torch.float64)
+    # a bfloat16 rounds by up to 2^-8 of a number, three leave 2^-24; a float16 has no digits below 2^-24
+    allowed = 2**-24 * exact + (2**-25 * scale if dtype == torch.float16 else 0) + 1e-15
+    assert ((channels.double().sum(-1) * scale - exact).abs() <= allowed).all()
+
+
+def test_which_kernel_takes_keys_wider_than_values(monkeypatch):
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    fa3, sdpa = KERNELS["fa3"].value_width, KERNELS["sdpa"].value_width
+    assert [fa3(cuda, half, dim + 8, dim) for dim in (64, 96, 128, 192, 256)] == [72, 104, 128, 200, None]
+    assert sdpa(cuda, torch.float32, 264, 256) == 256
+    for capability, version, widest in (((9, 0), 91000, 128), ((9, 0), 90800, None), ((8, 0), 91000, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda found=version: found)
+        assert [sdpa(cuda, half, dim + 8, dim) for dim in (64, 120, 128)] == [72, 128, widest]
 
 
 def test_a_batch_row_equals_the_row_alone():

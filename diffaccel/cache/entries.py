@@ -1,8 +1,9 @@
 """Keys and values that attention may read, with what travels beside them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ class Entries:
     `frames` is the latent frame of each entry, (N,) int64 on the host, None for prompt tokens. `multiplicity` says
     how many tokens each entry stands for, as consecutive groups ((entries, tokens each), ...): a score gets
     log(tokens each) added, which makes attention over identical keys exact (FAST-AR, Lemma 5.1). None: one each.
+    `notes` is for what a reader would work out again at every read of entries that stay as they are.
     """
 
     k: Tensor
     v: Tensor
     frames: Tensor | None = None
     multiplicity: tuple[tuple[int, int], ...] | None = None
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

@@ -18,11 +18,18 @@ def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
         return "it runs on Hopper GPUs (compute capability 9.x) only"
     if importlib.util.find_spec("fa3_fwd_interface") is None:
         return "the package fa3-fwd is not installed (`pip install diffaccel[hopper]`)"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {dtype}"
+    if dtype != torch.bfloat16:  # fa3-fwd is built without FlashAttention-3's kernels for float16
+        return f"the package fa3-fwd takes bfloat16, not {dtype}"
     if head_dim > 256 or head_dim % 8:
         return f"it takes head dimensions divisible by 8 up to 256, not {head_dim}"
     return None
+
+
+def value_width(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> int | None:
+    """As `reference.value_width`. Of its kernels for two widths one is of use here: 192 with 128."""
+    if key_dim > 256:
+        return None
+    return value_dim if 128 < key_dim <= 192 and 96 < value_dim <= 128 else key_dim
 
 
 def partial(

@@ -14,6 +14,11 @@ def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
     return None
 
 
+def value_width(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> int | None:
+    """The channels that values need beside keys of `key_dim`, or None where keys that wide do not fit."""
+    return value_dim
+
+
 def partial(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
 ) -> Partial:

@@ -29,6 +29,18 @@ def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | N
     return None
 
 
+def value_width(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> int | None:
+    """As `reference.value_width`. Keys wider than values are known of the memory-efficient kernel, and of cuDNN where
+    it takes more than 128 channels: on compute capability 9.0, from 9.10 on.
+    """
+    if device.type == "cuda" and dtype == torch.float32:
+        return value_dim
+    if device.type == "cuda" and key_dim > 128:
+        wide = torch.cuda.get_device_capability(device) == (9, 0) and (torch.backends.cudnn.version() or 0) >= 91000
+        return value_dim if wide and key_dim <= 256 else None
+    return key_dim
+
+
 def partial(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
 ) -> Partial:

@@ -13,6 +13,7 @@ from .merge import Partial, merge
 
 name = "split"
 unusable = sdpa.unusable
+value_width = sdpa.value_width
 
 
 def partial(
