@@ -213,23 +213,30 @@ def test_merged_attention_equals_dense_over_duplicates_and_a_base_two_lse_would_
     assert (wrong.out - out).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("overflow", ["merge", "recency"])
 @pytest.mark.parametrize("threshold", [None, 0.9])
-def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold):
-    policy = TempCache(threshold=threshold, budget=f"{3 + 2 + 2 + 4} frames", sink_frames=3)
+def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold, overflow):
+    policy = TempCache(threshold=threshold, budget=f"{3 + 2 + 2 + 4} frames", sink_frames=3, overflow=overflow)
     frames = [torch.randn(T, HEADS, DIM) for _ in range(24)]
     for stop in range(2, 25, 2):
         memory = fill(policy, frames[:stop])
         assert memory.count + 2 * T <= 11 * T
         kept = torch.cat([tier.frames()[0] for tier in memory.past()])
         assert {f for f in (0, 1, 2, stop - 2, stop - 1) if f < stop} <= set(kept.tolist())
-    assert kept.unique().tolist() == [0, 1, 2, *range(18, 24)]  # nothing merged, so the oldest went first
+    [row] = memory.older[0].rows
+    if overflow == "recency":
+        assert kept.unique().tolist() == [0, 1, 2, *range(18, 24)]  # nothing merged, so the oldest went first
+    else:
+        assert row.count == (3 + 4) * T
+        assert sum(n * m for n, m in row.multiplicity) == (24 - 2) * T  # nothing is forgotten
+        assert row.multiplicity[0] == (3 * T, 1) or row.multiplicity[0][0] > 3 * T  # the sink is as it was
 
 
 def test_what_is_seen_often_outlives_what_was_seen_once():
     still = torch.randn(T // 2, HEADS, DIM)
     frames = [torch.cat([still, torch.randn(T // 2, HEADS, DIM)]) for _ in range(20)]
     scratch = {}
-    memory = fill(TempCache(threshold=0.99, budget="6 frames"), frames, scratch=scratch)
+    memory = fill(TempCache(threshold=0.99, budget="6 frames", overflow="recency"), frames, scratch=scratch)
     [row] = [row.entries() for row in memory.older[0].rows]
     assert row.multiplicity[-1] == (T // 2, 18)
     merged = scratch["state"].merged
@@ -241,9 +248,9 @@ def test_by_attention_mass_stays_what_the_queries_read():
     frames = [0.1 * torch.randn(T, HEADS, DIM) for _ in range(20)]
     wanted = torch.full((HEADS, DIM), 2.0)
     frames[1][3] = wanted
-    for evict, kept in (("recency", False), ("mass", True)):
+    for overflow, kept in (("recency", False), ("mass", True)):
         memory = Memory(keep_queries=True)
-        policy, run = TempCache(threshold=None, budget="8 frames", evict=evict), fake_run({})
+        policy, run = TempCache(threshold=None, budget="8 frames", overflow=overflow), fake_run({})
         for block in range(10):
             k = torch.cat(frames[2 * block : 2 * block + 2])[None]
             memory.place(k, k, site(block, 2), queries=wanted.expand(1, 2 * T, HEADS, DIM))
@@ -254,12 +261,115 @@ def test_by_attention_mass_stays_what_the_queries_read():
         assert bool((held.k[0] == wanted).all(dim=(1, 2)).any()) == kept
 
 
+def folded(frames_RTHD, limit, threshold=None, sink=0, most=None, representative="mean", step=2):
+    """Rows that took these frames [(R, T, H, D)] some at a time; each token's value says which token it is."""
+    rows, tokens = frames_RTHD[0].shape[:2]
+    names = torch.eye(len(frames_RTHD) * tokens)
+    merged = MergedTokens(frames_RTHD[0], names[:tokens][None, :, None].expand(rows, -1, -1, -1), limit, representative)
+    bar = None if threshold is None else torch.full((rows, 1), threshold)
+    for start in range(0, len(frames_RTHD), step):
+        for frame in range(start, start + step):
+            v = names[frame * tokens : (frame + 1) * tokens][None, :, None].expand(rows, -1, -1, -1)
+            merged.add(frames_RTHD[frame], v, frame)
+        over = limit if merged.bound > limit else None
+        merged.fold(bar, over, torch.ones(rows, 1), sink, most, step * tokens)
+        found = merged.settle()
+    return merged, [row.entries() for row in found]
+
+
+@pytest.mark.parametrize("most", [None, 3])
+@pytest.mark.parametrize("representative", ["mean", "last", "medoid"])
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_a_folded_entry_is_what_its_members_say(monkeypatch, representative, at_once, most):
+    """Members of an entry are consecutive frames of one place, none is lost or in two, and no row exceeds the limit."""
+    monkeypatch.setattr("diffaccel.cache.store._AT_ONCE", at_once)
+    tokens, frames, sink = 5, [torch.randn(3, 5, 1, 60) for _ in range(12)], 1
+    merged, rows = folded(frames, 5 * 6, sink=sink, most=most, representative=representative)
+    for number, entries in enumerate(rows):
+        assert entries.count == 5 * 6
+        counts = [m for n, m in entries.multiplicity for _ in range(n)]
+        seen = []
+        for k, v, count, newest in zip(entries.k[0], entries.v[0, :, 0], counts, entries.frames, strict=True):
+            members = v.nonzero().flatten()
+            torch.testing.assert_close(v[members], torch.full((count,), 1 / count))
+            when, place = members // tokens, members % tokens
+            assert len(members) == count <= (most or 99)
+            assert len(place.unique()) == 1
+            assert when.tolist() == list(range(int(when[0]), int(newest) + 1))
+            assert count == 1 or int(when[0]) >= sink
+            seen += members.tolist()
+            keys = torch.stack([frames[f][number, place[0]] for f in when.tolist()])
+            if representative == "mean":
+                torch.testing.assert_close(k, keys.mean(0))
+            elif representative == "last":
+                assert torch.equal(k, keys[-1])
+            else:
+                assert any(torch.equal(k, key) for key in keys)
+        assert sorted(seen) == list(range(len(frames) * tokens))
+    assert int(merged.drift.joins) >= 3 * (12 - 6) * 5
+
+
+def test_a_medoid_moves_to_the_member_nearest_the_mean():
+    merged = MergedTokens(*[torch.zeros(1, 1, 1, 2)] * 2, 4, "medoid")
+    for frame, k in enumerate((0.0, 1.0, 1.1)):
+        merged.add(torch.full((1, 1, 1, 2), k), torch.full((1, 1, 1, 2), k), frame)
+    for limit, key in ((2, 1.0), (1, 1.0)):  # of two the older one; of 0, 1 and 1.1 the one next to 0.7
+        merged.fold(None, limit, torch.ones(1, 1), 0, None, 0)
+        [row] = merged.settle()
+        assert row.entries().k[0, -1, 0, 0] == key
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_the_pair_that_changes_attention_least_merges_first(what):
+    """Equal values merge before equal-sized differences, and so do equal keys: the measure is their product."""
+    k, v = torch.randn(8, T, HEADS, DIM), torch.randn(8, T, HEADS, DIM)
+    {"keys": k, "values": v}[what][5, 2] = {"keys": k, "values": v}[what][4, 2] + 1e-4
+    merged = MergedTokens(k[:1], v[:1], 8 * T)
+    for frame in range(8):
+        merged.add(k[frame : frame + 1], v[frame : frame + 1], frame)
+    merged.fold(None, 8 * T - 1, torch.ones(1, 1), 0, None, 0)
+    [row] = merged.settle()
+    entries = row.entries()
+    assert entries.multiplicity == ((8 * T - 2, 1), (1, 2))
+    torch.testing.assert_close(entries.k[0, -1], (k[4, 2] + k[5, 2]) / 2)
+    torch.testing.assert_close(entries.v[0, -1], (v[4, 2] + v[5, 2]) / 2)
+
+
+def test_what_is_less_alike_than_the_bound_goes_instead_of_merging():
+    """Half of each frame stays nearly as it is, half is new each time; only the still half is worth a merge."""
+    still = torch.randn(T // 2, HEADS, DIM)
+    near = [still + 0.05 * torch.randn_like(still) for _ in range(12)]
+    frames = [torch.cat([n, torch.randn(T // 2, HEADS, DIM)]) for n in near]
+    for bound, evicted in ((None, 0), (0.8, 1)):
+        scratch = {}
+        policy = TempCache(None, budget="7 frames", overflow_threshold=bound)
+        memory = fill(policy, frames, scratch=scratch)
+        merged = scratch["state"].merged
+        assert memory.count == 5 * T
+        assert (int(merged.evicted) > 0) == (evicted > 0)
+        assert bound is None or float(merged.least) >= bound
+    with pytest.raises(KnobError, match='of overflow="merge"'):
+        TempCache(budget="7 frames", overflow="mass", overflow_threshold=0.5)
+
+
+def test_a_pair_once_merged_is_measured_anew_before_it_takes_a_third():
+    """Of links .10, .11 and .14 the second joins a pair whose mean has moved away by then: the third goes first."""
+    k = torch.tensor([0.0, 0.10, 0.21, 5.0, 5.14, 9.0]).view(6, 1, 1, 1, 1)
+    v = torch.arange(6.0).view(6, 1, 1, 1, 1)
+    merged = MergedTokens(k[0], v[0], 6)
+    for frame in range(6):
+        merged.add(k[frame], v[frame], frame)
+    merged.fold(None, 4, torch.ones(1, 1), 0, None, 0)
+    [row] = merged.settle()
+    assert sorted(row.entries().v.flatten().tolist()) == [0.5, 2.0, 3.5, 5.0]
+
+
 def test_a_token_whose_match_was_evicted_becomes_an_entry():
     frames = [torch.randn(T, HEADS, DIM)] * 2
     merged = MergedTokens(*[torch.zeros(1, T, HEADS, DIM)] * 2, 2 * T, "mean")
     cells, all_join = torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool)
     merged.absorb(frames[0][None], frames[0][None], 0, all_join, cells, torch.ones(1, T), None)
-    merged.evict(T - 2, torch.arange(float(2 * T))[None], 0)
+    merged.evict(T - 2, torch.arange(float(2 * T + 1))[None], 0)
     merged.settle()
     merged.absorb(frames[1][None], frames[1][None], 1, all_join, cells, torch.ones(1, T), None)
     [row] = merged.settle()
@@ -364,7 +474,7 @@ def test_a_budget_in_bytes_holds_more_where_entries_are_quantised():
 
 
 def test_a_budget_too_small_is_refused_with_its_arithmetic():
-    said = r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens, or 12 kB of buffers in all layers, got budget='4 frames'"
+    said = r"\(1 \+ 2 \+ 2\) x 6 = 30 tokens, or 12.5 kB of buffers in all layers, got budget='4 frames'"
     with pytest.raises(KnobError, match=said):
         TempCache(budget="4 frames", sink_frames=1).check(extent())
     TempCache(budget="5 frames", sink_frames=1).check(extent())

@@ -57,10 +57,10 @@ def readable(size: int) -> str:
     return f"{size / _UNITS.get(unit.lower(), 1):.3g} {unit}"
 
 
-def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_token: int) -> int:
+def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_token: int, spare: int = 0) -> int:
     """Tokens a layer may hold beside `exact_tokens` under `budget`, at `bytes_per_token` in all layers; may be < 0.
 
-    A budget in bytes is that of the buffers, which have room for one block more.
+    A budget in bytes is that of the buffers, which have room for one block and `spare` tokens more.
     """
     amount, unit = parse_budget(budget)
     if unit == "tokens":
@@ -68,4 +68,4 @@ def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_tok
     if unit == "frames":
         return int(amount) * extent.block.tokens_per_frame - exact_tokens
     left = int(amount * _UNITS[unit]) - exact_tokens * extent.bytes_per_token
-    return left // bytes_per_token - extent.block.tokens
+    return left // bytes_per_token - extent.block.tokens - spare

@@ -1,22 +1,29 @@
 """Entries that tokens of later frames join: all layers and batch rows of one branch in one set of buffers.
 
-Every operation runs over all layers at once and has shapes that the host knows, so that a commit waits for the device
-twice (how many entries are left, and of which multiplicity), whatever the number of layers.
+Every operation has shapes that the host knows, so that a commit waits for the device twice (how many entries are left,
+and of which multiplicity), whatever the number of layers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernel.merge import Partial
 from .entries import Entries, Reader
-from .store import Store, longer, make_store
+from .store import Joined, Store, longer, make_store, portions
 
 ANCHOR = 32
-EXTRA_BYTES = 2 * ANCHOR + 8
+EXTRA_BYTES = 2 * ANCHOR + 12
 """Random projections kept of an entry's first key, to tell how far its members have drifted, and what an entry takes
 beside its key and value."""
+
+SPARE = 1
+"""The last place of a row stays free: what an operation of fixed shape has too much is written there."""
+
+_DRIFT = 256  # joins of a row and round of `fold` whose drift is noted
 
 
 @dataclass
@@ -51,10 +58,12 @@ class MergedTokens:
         rows, tokens, heads, dim = k.shape
         self.representative, self.rows, self.tokens = representative, rows, tokens
         device, width = k.device, heads * dim
+        capacity += SPARE
         self.k, self.v = make_store(k, capacity, bits, channels=True), make_store(v, capacity, bits)
         self.centre = make_store(k, capacity, bits, channels=True) if representative == "medoid" else None
         self.count = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.frame = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
+        self.cell = torch.zeros(rows, capacity, dtype=torch.int32, device=device)  # place in the frame
         self.anchor = torch.zeros(rows, capacity, ANCHOR, dtype=torch.float16, device=device)
         generator = torch.Generator().manual_seed(0)
         self._project = torch.randn(width, ANCHOR, generator=generator).to(device) / width**0.5
@@ -63,6 +72,8 @@ class MergedTokens:
         self.bound = 0  # no row holds more than this
         self.absorbed = 0  # tokens taken by each row
         self.evicted = torch.zeros((), dtype=torch.int64, device=device)  # tokens that were in evicted entries
+        self.best = torch.full((), -1.0, device=device)  # most alike pair of entries met by `fold`
+        self.least = torch.full((), torch.inf, device=device)  # and the least alike one that it merged
         self.drift = Drift(*(torch.full((), start, device=device) for start in (0.0, 0.0, 1.0)))
 
     @property
@@ -71,12 +82,34 @@ class MergedTokens:
 
     @property
     def bytes(self) -> int:
-        about = sum(t.numel() * t.element_size() for t in (self.count, self.frame, self.anchor))
+        about = sum(t.numel() * t.element_size() for t in (self.count, self.frame, self.cell, self.anchor))
         return about + sum(store.bytes for store in self._stores)
 
     @property
     def _stores(self) -> list[Store]:
         return [store for store in (self.k, self.v, self.centre) if store is not None]
+
+    @property
+    def _places(self) -> Tensor:
+        """Place in the frame of each token of one frame, (R, T)."""
+        return torch.arange(self.tokens, device=self.count.device).expand(self.rows, -1)
+
+    def add(self, k: Tensor, v: Tensor, frame: int) -> None:
+        """Take one frame (R, T, H, D), every token as an entry of its own."""
+        self._make_room(self.tokens)
+        target = self.used[:, None] + self._places
+        where = _flat(target, self.capacity)
+        k, v = k.flatten(2).flatten(0, 1), v.flatten(2).flatten(0, 1)
+        for store, vectors in ((self.k, k), (self.v, v), (self.centre, k)):
+            if store is not None:
+                store.write(where, vectors)
+        self.count.scatter_(1, target, 1)
+        self.frame.scatter_(1, target, frame)
+        self.cell.scatter_(1, target, self._places.int())
+        self.anchor.view(-1, ANCHOR)[where] = self._seen(k)
+        self.owner = target
+        self.used = self.used + self.tokens
+        self.bound, self.absorbed = self.bound + self.tokens, self.absorbed + self.tokens
 
     def absorb(
         self, k: Tensor, v: Tensor, frame: int, joins: Tensor, match: Tensor, similarity: Tensor, most: int | None
@@ -104,6 +137,7 @@ class MergedTokens:
         self.count.scatter_add_(1, target, torch.ones_like(target, dtype=torch.int32))
         after = self.count.gather(1, target)
         self.frame.scatter_(1, target, torch.full_like(target, frame, dtype=torch.int32))
+        self.cell.scatter_(1, target, self._places.int())
         where = _flat(target, self.capacity)
         leader = self._leaders(target, similarity)
         k, v = k.flatten(2), v.flatten(2)
@@ -119,7 +153,7 @@ class MergedTokens:
             # Two members are equally near: a margin keeps the older one whatever the rounding.
             nearer = (new - centre).square().sum(1) < 0.999 * (old - centre).square().sum(1)
             self.k.write(where, torch.where((nearer | (before == 0).flatten())[:, None], new, old))
-        self._note_drift(k, where, joins)
+        self._note_drift(k.flatten(0, 1), where, joins.flatten())
         self.owner = target
 
     def _leaders(self, target: Tensor, similarity: Tensor) -> Tensor:
@@ -136,18 +170,126 @@ class MergedTokens:
     ) -> None:
         """Means over members once the tokens `new` (R, T, W) have joined, in fp32 on the way."""
         total = torch.zeros(new.shape, dtype=torch.float32, device=new.device).flatten(0, 1)
-        total.index_add_(0, _flat(leader, self.tokens), new.flatten(0, 1).float())
+        speaks = _flat(leader, leader.shape[1])
+        total.index_add_(0, speaks, new.flatten(0, 1).float())
         old = held.read(where) * before.flatten()[:, None]
-        held.write(where, (old + total[_flat(leader, self.tokens)]) / after.flatten()[:, None])
+        held.write(where, (old + total[speaks]) / after.flatten()[:, None])
 
     def _note_drift(self, k: Tensor, where: Tensor, joins: Tensor) -> None:
-        flat, here = self.anchor.view(-1, ANCHOR), joins.flatten()
-        seen = (k.float() @ self._project).flatten(0, 1)
-        cosine = torch.cosine_similarity(flat[where].float(), seen, dim=1)
-        flat[where] = torch.where(here[:, None], flat[where], seen.half())
-        self.drift.joins += here.sum()
-        self.drift.total += (cosine * here).sum()
-        self.drift.least = torch.minimum(self.drift.least, torch.where(here, cosine, 1.0).min())
+        """Of keys (n, W) that join the entries at `where` (n,), or found them where they do not."""
+        flat, seen = self.anchor.view(-1, ANCHOR), self._seen(k)
+        cosine = torch.cosine_similarity(flat[where].float(), seen.float(), dim=1)
+        flat[where] = torch.where(joins[:, None], flat[where], seen)
+        self.drift.joins += joins.sum()
+        self.drift.total += (cosine * joins).sum()
+        self.drift.least = torch.minimum(self.drift.least, torch.where(joins, cosine, 1.0).min())
+
+    def _seen(self, k: Tensor) -> Tensor:
+        return (k @ self._project.to(k.dtype)).half()
+
+    def fold(
+        self,
+        threshold: Tensor | None,
+        limit: int | None,
+        scale: Tensor,
+        sink_frames: int,
+        most: int | None,
+        new: int,
+        floor: float = -torch.inf,
+    ) -> None:
+        """Merge entries that follow each other in time at one place, the most alike ones first.
+
+        How alike is 1 - |k - k'| |v - v'| / (2 `scale`), of the entries' keys and values. Pairs above `threshold`
+        (R, 1) merge, and over `limit` entries a row as many more above `floor` as it takes. `new` entries came since
+        the last fold.
+        A round merges pairs that are more alike than those beside them, so that no entry is in two; the last one
+        whatever is still wanted, in chains.
+        """
+        if self.bound < 2:
+            return
+        over = 0 if limit is None else max(0, self.bound - limit)
+        rounds = 2 + 6 * over // self.bound  # the more of all entries must go, the more careful
+        for number in range(rounds):
+            order, alike = self._neighbours(scale, sink_frames, most)
+            self.best = torch.maximum(self.best, alike.max())
+            ranked = alike.sort(dim=1, descending=True).values
+            left = torch.zeros_like(self.used) if limit is None else ((self.count > 0).sum(1) - limit).clamp(min=0)
+            bar = ranked.gather(1, (left[:, None] - 1).clamp(0, alike.shape[1] - 1))
+            bar = torch.where(left[:, None] > 0, bar.clamp(min=floor), torch.inf)
+            wanted = alike >= (bar if threshold is None else torch.minimum(bar, threshold))
+            wanted &= alike > -torch.inf
+            if number < rounds - 1 or most is not None:
+                wanted &= _ahead_of_both(torch.where(wanted, alike, -torch.inf))
+            self._unite(order, torch.where(wanted, alike, -torch.inf), min(over + new, alike.shape[1]))
+
+    def _neighbours(self, scale: Tensor, sink_frames: int, most: int | None) -> tuple[Tensor, Tensor]:
+        """Entries by place, then frame (R, N), and how alike each is with the one behind it (R, N - 1), -inf for no
+        pair."""
+        filled = self.count > 0
+        key = torch.where(filled, (self.cell.long() << 32) + self.frame, torch.iinfo(torch.int64).max)
+        order = key.argsort(dim=1)[:, : self.bound]
+        count, frame, cell = (held.gather(1, order) for held in (self.count, self.frame, self.cell))
+        pair = (count[:, :-1] > 0) & (count[:, 1:] > 0) & (cell[:, :-1] == cell[:, 1:]) & (frame[:, :-1] >= sink_frames)
+        if most is not None:
+            pair &= count[:, :-1] + count[:, 1:] <= most
+        where = _flat(order, self.capacity).view_as(order)
+        first, second = where[:, :-1].flatten(), where[:, 1:].flatten()
+        apart = (self.k.apart(first, second) * self.v.apart(first, second)).sqrt().view_as(pair)
+        alike = 1 - apart / (2 * scale)
+        return order, torch.where(pair, alike, -torch.inf)
+
+    def _unite(self, order: Tensor, alike: Tensor, most: int) -> None:
+        """Merge the pairs (R, N - 1) of neighbours that are not -inf, the `most` most alike of a row."""
+        best, pairs = alike.topk(most, dim=1)
+        there = best > -torch.inf
+        self.least = torch.minimum(self.least, torch.where(there, best, torch.inf).min())
+        pairs, there = pairs.masked_fill(~there, alike.shape[1]).sort(dim=1).values, there.sort(1, True).values
+        chained = torch.zeros(len(order), order.shape[1] + 1, dtype=torch.bool, device=order.device)
+        chained = chained.scatter_(1, pairs + 1, there)[:, :-1]
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        first = torch.where(chained, 0, place).cummax(dim=1).values
+        spare, index = self.capacity - SPARE, (pairs + 1).clamp(max=order.shape[1] - 1)
+        gone = torch.where(there, order.gather(1, index), spare)
+        stays = torch.where(there, order.gather(1, first.gather(1, index)), spare)
+        chain = stays.diff(dim=1, prepend=torch.full_like(stays[:, :1], -1)).eq(0) & there
+        slot = torch.arange(most, device=order.device).expand_as(gone)
+        leader = torch.where(chain, 0, slot).cummax(dim=1).values  # members of one entry lie side by side
+
+        weight, before = self.count.gather(1, gone), self.count.gather(1, stays)
+        self.count.scatter_add_(1, stays, weight)
+        self.count.scatter_(1, gone, torch.zeros_like(weight))
+        after = self.count.gather(1, stays).clamp(min=1)
+        self.frame.scatter_reduce_(1, stays, self.frame.gather(1, gone), "amax")
+        if self.owner is not None:
+            parent = torch.arange(self.capacity, device=order.device).repeat(self.rows, 1).scatter_(1, gone, stays)
+            self.owner = torch.where(self.owner < 0, -1, parent.gather(1, self.owner.clamp(min=0)))
+
+        gone, stays = (_flat(index, self.capacity).view_as(index) for index in (gone, stays))
+        some = slice(None, None, 1 + most // _DRIFT)
+        self._note_drift(self.k.read(gone[:, some].flatten()), stays[:, some].flatten(), there[:, some].flatten())
+        joined = Joined(gone, stays, leader, weight, before, after)
+        self.v.pool(joined)
+        if self.representative == "mean":
+            self.k.pool(joined)
+            return
+        if self.centre is not None:
+            self.centre.pool(joined)
+        spares = _flat(torch.full_like(leader, spare), self.capacity).view_as(leader)
+        for rows in self._portions(most):
+            away, where, lead = gone[rows].flatten(), stays[rows].flatten(), leader[rows]
+            k = self.k.read(away)
+            if self.centre is None:
+                speaks = slot[rows] == lead.scatter_reduce(1, lead, slot[rows], "amax").gather(1, lead)  # the newest
+            else:
+                centre = self.centre.read(where)
+                new, old = ((x - centre).square().sum(1).view_as(lead) for x in (k, self.k.read(where)))
+                nearest = torch.full_like(new, torch.inf).scatter_reduce(1, lead, new, "amin")
+                speaks = (new <= nearest.gather(1, lead)) & (new < 0.999 * old)
+            self.k.write(torch.where(speaks, stays[rows], spares[rows]).flatten(), k)
+
+    def _portions(self, places: int) -> Iterator[slice]:
+        """Rows so many at a time that vectors at `places` of each are few bytes."""
+        return portions(self.rows, 4 * self._project.shape[0] * places)
 
     def evict(self, keep: int, worth: Tensor, sink_frames: int) -> None:
         """Leave at most `keep` entries a row, those of most `worth` (R, C) >= 0; the sink stays."""
@@ -169,7 +311,7 @@ class MergedTokens:
             for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
                 store.reorder(row, order[row])
         self.anchor = self.anchor.gather(1, order[..., None].expand_as(self.anchor))
-        self.count, self.frame = self.count.gather(1, order), self.frame.gather(1, order)
+        self.count, self.frame, self.cell = (held.gather(1, order) for held in (self.count, self.frame, self.cell))
         place = torch.empty_like(order).scatter_(
             1, order, torch.arange(self.capacity, device=order.device).expand_as(order)
         )
@@ -190,13 +332,14 @@ class MergedTokens:
         return rows
 
     def _make_room(self, tokens: int) -> None:
-        needed = self.bound + tokens
+        needed = self.bound + tokens + SPARE
         if needed <= self.capacity:
             return
         more = max(needed, 2 * self.capacity) - self.capacity
         for store in self._stores:
             store.grow(more)
-        self.count, self.frame, self.anchor = (longer(held, more) for held in (self.count, self.frame, self.anchor))
+        about = (self.count, self.frame, self.cell, self.anchor)
+        self.count, self.frame, self.cell, self.anchor = (longer(held, more) for held in about)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +350,7 @@ class Row:
     number: int
     frames: Tensor
     multiplicity: tuple[tuple[int, int], ...]
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -214,7 +358,7 @@ class Row:
 
     def entries(self) -> Entries:
         k, v = (store.rows(self.number, self.count) for store in (self.merged.k, self.merged.v))
-        return Entries(k, v, self.frames, self.multiplicity)
+        return Entries(k, v, self.frames, self.multiplicity, self.notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,6 +390,15 @@ class MergedTier:
 
     def frames(self) -> list[Tensor]:
         return [row.frames for row in self.rows]
+
+
+def _ahead_of_both(alike: Tensor) -> Tensor:
+    """Pairs (R, N) more alike than the pairs on either side, so that no two are neighbours; of equals the even ones,
+    then the earlier ones."""
+    even = torch.arange(alike.shape[1], device=alike.device) % 2 == 0
+    edge = alike.new_full((alike.shape[0], 1), -torch.inf)
+    before, after = torch.cat([edge, alike[:, :-1]], 1), torch.cat([alike[:, 1:], edge], 1)
+    return torch.where(even, (alike >= before) & (alike >= after), (alike > before) & (alike > after))
 
 
 def _flat(index_RT: Tensor, width: int) -> Tensor:

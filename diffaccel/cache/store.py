@@ -1,11 +1,30 @@
 """Buffers of keys or values, as they are or quantised, that policies write entry by entry."""
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernel.merge import HAS_TRITON
+
 BITS = (8, 4, 2)
+_AT_ONCE = 2**26  # bytes of fp32 vectors opened at a time
+
+
+class Joined(NamedTuple):
+    """E entries of each of R rows that join others; all (R, E).
+
+    The vector at place `gone`, which stands for `weight` tokens, joins the one at `stays`, which stood for `before`
+    and now for `after`. Those that join one entry lie side by side, and `leader` is the first of them, within the row.
+    """
+
+    gone: Tensor
+    stays: Tensor
+    leader: Tensor
+    weight: Tensor
+    before: Tensor
+    after: Tensor
 
 
 class Store(Protocol):
@@ -17,11 +36,24 @@ class Store(Protocol):
     @property
     def bytes(self) -> int: ...
 
+    @property
+    def width(self) -> int:
+        """Numbers in a vector, H x D."""
+        ...
+
     def read(self, where: Tensor) -> Tensor:
         """The vectors at places (n,), (n, H * D) fp32."""
         ...
 
     def write(self, where: Tensor, vectors: Tensor) -> None: ...
+
+    def apart(self, first: Tensor, second: Tensor) -> Tensor:
+        """Squared distance of the vectors at places (n,) and (n,), fp32 (n,)."""
+        ...
+
+    def pool(self, joined: Joined) -> None:
+        """Make each vector that others join the mean over all tokens it now stands for."""
+        ...
 
     def reorder(self, row: int, order: Tensor) -> None:
         """Put the places of a row into another order (C,)."""
@@ -51,11 +83,30 @@ class Plain:
     def bytes(self) -> int:
         return self._data.numel() * self._data.element_size()
 
+    @property
+    def width(self) -> int:
+        return self._data.shape[2]
+
     def read(self, where: Tensor) -> Tensor:
         return self._data.flatten(0, 1)[where].float()
 
     def write(self, where: Tensor, vectors: Tensor) -> None:
         self._data.flatten(0, 1)[where] = vectors.to(self._data.dtype)
+
+    def apart(self, first: Tensor, second: Tensor) -> Tensor:
+        if self._data.is_cuda and HAS_TRITON:
+            from ..kernel.fused_rows import squared_distances
+
+            return squared_distances(self._data.flatten(0, 1), first, second)
+        return apart_written_out(self, first, second)
+
+    def pool(self, joined: Joined) -> None:
+        if self._data.is_cuda and HAS_TRITON:
+            from ..kernel.fused_rows import pool
+
+            pool(self._data.flatten(0, 1), *joined)
+        else:
+            pool_written_out(self, joined)
 
     def reorder(self, row: int, order: Tensor) -> None:
         self._data[row] = self._data[row][order]
@@ -93,7 +144,13 @@ class Quantised:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._codes, self._range, self._size))
 
+    @property
+    def width(self) -> int:
+        return self._shape[0] * self._shape[1]
+
     def read(self, where: Tensor) -> Tensor:
+        if self._codes.is_cuda and HAS_TRITON:
+            return self._fused(where, torch.float32)
         size = self._size[where // self.capacity, 0]
         return self._open(self._codes.flatten(0, 1)[where], self._range.flatten(0, 1)[where], size).flatten(1)
 
@@ -108,6 +165,16 @@ class Quantised:
         self._codes.flatten(0, 1)[where] = packed
         self._range.flatten(0, 1)[where] = torch.cat([low, step], dim=2).half()
 
+    def apart(self, first: Tensor, second: Tensor) -> Tensor:
+        if self._codes.is_cuda and HAS_TRITON:
+            from ..kernel.fused_rows import opened_distances
+
+            return opened_distances(self._codes, self._range, self._size, first, second, self.bits)
+        return apart_written_out(self, first, second)
+
+    def pool(self, joined: Joined) -> None:
+        pool_written_out(self, joined)
+
     def reorder(self, row: int, order: Tensor) -> None:
         for held in (self._codes, self._range):
             held[row] = held[row][order]
@@ -116,8 +183,16 @@ class Quantised:
         self._codes, self._range = longer(self._codes, more), longer(self._range, more)
 
     def rows(self, row: int, count: int) -> Tensor:
+        if self._codes.is_cuda and HAS_TRITON:
+            where = torch.arange(row * self.capacity, row * self.capacity + count, device=self._codes.device)
+            return self._fused(where, self._dtype).unflatten(1, self._shape)[None]
         opened = self._open(self._codes[row, :count], self._range[row, :count], self._size[row])
         return opened[None].to(self._dtype)
+
+    def _fused(self, where: Tensor, dtype: torch.dtype) -> Tensor:
+        from ..kernel.fused_rows import opened
+
+        return opened(self._codes, self._range, self._size, where, self.bits, dtype)
 
     def _open(self, codes: Tensor, ranges: Tensor, size: Tensor) -> Tensor:
         """Codes (n, H * D * bits / 8) as numbers (n, H, D) fp32."""
@@ -137,6 +212,33 @@ def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: boo
 def store_bytes(heads: int, dim: int, bits: int | None, itemsize: int) -> int:
     """What one vector takes in a store."""
     return heads * dim * itemsize if bits is None else heads * (dim * bits // 8 + 4)
+
+
+def apart_written_out(store: Store, first: Tensor, second: Tensor) -> Tensor:
+    """`Store.apart` in PyTorch: what the fused kernel is held to."""
+    found = [
+        (store.read(first[some]) - store.read(second[some])).square().sum(1)
+        for some in portions(len(first), 4 * store.width)
+    ]
+    return torch.cat(found) if found else first.new_zeros(0, dtype=torch.float32)
+
+
+def pool_written_out(store: Store, joined: Joined) -> None:
+    """`Store.pool` in PyTorch: what the fused kernel is held to."""
+    rows, most = joined.gone.shape
+    for some in portions(rows, 4 * store.width * most):
+        gone, stays, leader, weight, before, after = (part[some] for part in joined)
+        lead = (leader + most * torch.arange(len(leader), device=leader.device)[:, None]).flatten()
+        new = store.read(gone.flatten()) * weight.flatten()[:, None]
+        total = torch.zeros_like(new).index_add_(0, lead, new)
+        where = stays.flatten()
+        store.write(where, (store.read(where) * before.flatten()[:, None] + total[lead]) / after.flatten()[:, None])
+
+
+def portions(count: int, size: int) -> Iterator[slice]:
+    """Slices of `count` things that take `size` bytes each, so many at a time that they are few bytes."""
+    step = max(1, _AT_ONCE // max(1, size))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def longer(held: Tensor, more: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..rotary import unrotate
 from ..site import Site
 from .budget import Extent, parse_budget, readable, room_for
 from .memory import Memory
-from .merged import EXTRA_BYTES, MergedTier, MergedTokens
+from .merged import EXTRA_BYTES, SPARE, MergedTier, MergedTokens
 from .store import BITS, store_bytes
 
 if TYPE_CHECKING:
@@ -25,21 +26,25 @@ if TYPE_CHECKING:
 class TempCache(CachePolicy):
     """Keep one entry for a patch that stays alike over time, and count how often it was seen.
 
-    When a block is finished, each of its tokens is matched with a token of the frame before. Once its frame is no
-    longer recent it joins the entry of its match, if the two are at least `threshold` alike, else it becomes an entry
-    of its own. An entry that stands for m tokens gets log m added to its score (Lemma 5.1), which is exact where the
-    tokens are identical.
+    An entry that stands for m tokens gets log m added to its score (Lemma 5.1), which is exact where the tokens are
+    identical. Tokens join the past once their frame is no longer recent. `variant` says what is alike:
 
-    `variant` says how alike is meant. "paper": cosine of un-rotated keys, all heads together; matches are proposed by
-    queries, and the newest member's key stands for the entry, at its own position. "phase": the distance of rotated
-    keys a, b at the same place, as 1 - |a - b|^2 / (2 mean |k|^2), the mean taken over every layer of the first block:
-    cosine for keys of average length, and one scale for all layers, because what a merge changes is the difference of
-    scores and that grows with the keys' length; the mean of the rotated keys stands for the entry. It is far closer to
-    dense attention at the same size (samples/RESULTS.md). `match` and `representative` override the variant's.
+    "paper": each token is matched with one of the frame before, proposed by queries, and joins its entry if the cosine
+    of the un-rotated keys, all heads together, reaches `threshold`. The newest member's key stands for the entry, at
+    its own position.
 
-    Ours, not the paper's: the newest frames stay unmerged, and `budget`, a hard cap on what attention may read in a
-    layer, the block at work included. Over it, the entries with the least tokens x 1 / (1 + age in frames) go, or with
-    `evict="mass"` those that sampled queries of the newest block read least.
+    "phase", ours: entries that follow each other in time at one place of the frame merge, the most alike ones first,
+    where alike is 1 - |k - k'| |v - v'| / (2 |k| |v|). To first order a merge changes attention's output by the
+    difference of scores times the difference of values, so it costs nothing where either vanishes. Keys are compared
+    and averaged as attention reads them, rotated: a key moved to another position answers other queries. |k| and |v|
+    are root mean squares over the first block, |k| over every layer, as scores of all layers have one scale. It is far
+    closer to dense attention at the same size (samples/RESULTS.md).
+
+    `match` and `representative` override the variant's.
+
+    Also ours: the newest frames stay unmerged, and `budget` is a hard cap on what attention may read in a layer, the
+    block at work included. Over it, pairs less alike than `threshold` merge too, as many as it takes, or entries go:
+    `overflow` says which.
     """
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
@@ -47,19 +52,23 @@ class TempCache(CachePolicy):
     exact: ClassVar[dict[str, Any]] = {"threshold": None, "budget": None, "bits": None}
 
     threshold: float | tuple[float, ...] | None = knob(
-        0.9, "similarity in [0, 1] from which keys merge, or one for each layer; None never merges"
+        0.9,
+        "similarity in [0, 1] from which tokens merge, or one for each layer; None merges only what the budget demands",
     )
     budget: int | str | None = knob(
         None, 'most a layer holds: tokens (40000), "32 frames" or "8GB" of all layers; None: no limit'
     )
     variant: str = knob(
-        "phase", 'which keys are alike: rotated ones ("phase") or un-rotated ones ("paper")', choices=("phase", "paper")
+        "phase",
+        'what is alike: keys as they are read and values ("phase") or un-rotated keys ("paper")',
+        choices=("phase", "paper"),
     )
     match: str | None = knob(
         None,
-        'token of the frame before a token is compared with: at its place ("cell"), the nearest key ("key"), or the '
-        'key its query reads most ("query"); None: cell for phase, query for paper',
-        choices=("cell", "key", "query"),
+        'what a token may merge with: the entry before it at its place ("entry"), or the entry of one token of the '
+        'frame before: at its place ("cell"), with the nearest key ("key"), or the key its query reads most ("query"); '
+        "None: entry for phase, query for paper",
+        choices=("entry", "cell", "key", "query"),
     )
     representative: str | None = knob(
         None,
@@ -73,11 +82,15 @@ class TempCache(CachePolicy):
     )
     sink_frames: int = knob(0, "first latent frames of the video, never merged and never evicted")
     recent_frames: int | None = knob(None, "newest latent frames that stay unmerged; None: the newest block")
-    evict: str = knob(
-        "recency",
-        "what stays when the budget is full: most tokens x recency, or most attention mass under the newest block's "
-        "queries",
-        choices=("recency", "mass"),
+    overflow: str | None = knob(
+        None,
+        'what gives way over the budget: the most alike entries "merge" on, or those go that have the fewest tokens x '
+        'recency ("recency") or the least attention mass under the newest queries ("mass"); None: merge for phase, '
+        "recency for paper",
+        choices=("merge", "recency", "mass"),
+    )
+    overflow_threshold: float | None = knob(
+        None, "similarity below which nothing merges to fit the budget, and entries go instead; None: no such bound"
     )
     max_multiplicity: int | None = knob(None, "most tokens an entry stands for, >= 1; None: no limit")
     bits: int | None = knob(None, "8, 4 or 2: hold older frames quantised, which saves memory, not time; None: as is")
@@ -89,6 +102,12 @@ class TempCache(CachePolicy):
             bool(each) and all(t is None or 0 <= t <= 1 for t in each),
             "threshold is a similarity in [0, 1], or a tuple of one for each layer, or None to never merge",
             threshold=self.threshold,
+        )
+        self.require(
+            self.overflow_threshold is None or (-1 <= self.overflow_threshold <= 1 and self._overflow == "merge"),
+            'overflow_threshold is a similarity in [-1, 1], of overflow="merge"',
+            overflow_threshold=self.overflow_threshold,
+            overflow=self._overflow,
         )
         self.require_frames("sink_frames")
         self.require_frames("recent_frames", none="for the newest block")
@@ -105,12 +124,16 @@ class TempCache(CachePolicy):
 
     @property
     def matching(self) -> str:
-        return self.match or ("cell" if self.variant == "phase" else "query")
+        return self.match or ("entry" if self.variant == "phase" else "query")
+
+    @property
+    def _overflow(self) -> str:
+        return self.overflow or ("merge" if self.variant == "phase" else "recency")
 
     @property
     def needs_queries(self) -> bool:
         matched = self.matching == "query" and self.threshold is not None
-        return matched or (self.evict == "mass" and self.budget is not None)
+        return matched or (self._overflow == "mass" and self.budget is not None)
 
     def check(self, extent: Extent) -> None:
         """Refuse a generation that the knobs do not fit, before anything is computed."""
@@ -124,7 +147,7 @@ class TempCache(CachePolicy):
             return
         per_frame, block = extent.block.tokens_per_frame, extent.block.frames
         recent, room = self._recent(extent.block), self._room(extent)
-        exact, moving = (recent + block) * per_frame, (self.sink_frames + block) * per_frame
+        exact, moving = (recent + block) * per_frame, (self.sink_frames + block) * per_frame + SPARE
         size = exact * extent.bytes_per_token + moving * self._bytes_per_entry(extent)
         self.require(
             room >= self.sink_frames * per_frame,
@@ -167,10 +190,22 @@ class TempCache(CachePolicy):
         assert frames is not None
         for start in range(0, leaving, per_frame):
             part, frame = slice(start, start + per_frame), int(frames[start])
+            if self.matching == "entry" or self.threshold is None:
+                state.merged.add(k[:, part], v[:, part], frame)
+                continue
             match, similarity = state.links.pop(frame)
             joins = self._joins(similarity, frame, len(memories))
             state.merged.absorb(k[:, part], v[:, part], frame, joins, match, similarity, self.max_multiplicity)
-        if limit is not None and state.merged.bound > limit:
+        over = limit is not None and state.merged.bound > limit
+        folds, overflows = self.matching == "entry" and self.threshold is not None, over and self._overflow == "merge"
+        if folds or overflows:
+            bar = self._thresholds(state.merged.count, len(memories)) if folds else None
+            most = limit if overflows else None
+            assert state.scale is not None
+            floor = -inf if self.overflow_threshold is None else self.overflow_threshold
+            state.merged.fold(bar, most, state.scale, self.sink_frames, self.max_multiplicity, leaving, floor)
+        if over:
+            assert limit is not None
             state.merged.evict(limit, self._worth(state.merged, memories, site), self.sink_frames)
         rows = state.merged.settle()
         each, held = len(rows) // len(memories), state.merged.bytes // len(memories)
@@ -191,6 +226,7 @@ class TempCache(CachePolicy):
             "merged_entries": counts.numel(),
             "merged_tokens": int(counts.sum()),
             "evicted_tokens": sum(int(merged.evicted) for merged in found),
+            "least_similarity": least if (least := min(round(float(m.least), 4) for m in found)) < inf else None,
             "multiplicity": {f"{2**i}-{2 ** (i + 1) - 1}" if i else "1": n for i, n in enumerate(powers)},
             "drift": found[0].drift.to_dict(),
         }
@@ -205,9 +241,9 @@ class TempCache(CachePolicy):
         limit = "" if self.budget is None else f", and the past never outgrew budget={self.budget!r}"
         if self.threshold is None:
             return f"threshold=None never merges{limit}"
-        best = max(float(state.best) for state in states)
+        best = max(float(state.best if self.matching != "entry" else state.merged.best) for state in states)
         return (
-            f"no pair of keys reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
+            f"no pair of tokens reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
             "lower the threshold"
         )
 
@@ -215,7 +251,7 @@ class TempCache(CachePolicy):
         """Merged entries that the budget leaves room for beside the recent frames and the block at work."""
         assert self.budget is not None
         exact = (self._recent(extent.block) + extent.block.frames) * extent.block.tokens_per_frame
-        return room_for(self.budget, extent, exact, self._bytes_per_entry(extent))
+        return room_for(self.budget, extent, exact, self._bytes_per_entry(extent), SPARE)
 
     def _bytes_per_entry(self, extent: Extent) -> int:
         """What a merged entry takes in all layers, rows and branches."""
@@ -229,7 +265,7 @@ class TempCache(CachePolicy):
 
     def _worth(self, merged: MergedTokens, memories: Sequence[Memory], site: Site) -> Tensor:
         """What decides which entries (R, C) stay when the budget is full."""
-        if self.evict == "recency":
+        if self._overflow != "mass":
             return merged.count / (1.0 + site.start - merged.frame)
         picks = torch.linspace(0, site.grid.tokens - 1, min(_QUERIES, site.grid.tokens)).long()
         queries = self._rows(torch.cat([memory.queries for memory in memories])[:, picks.to(merged.count.device)])
@@ -248,51 +284,60 @@ class TempCache(CachePolicy):
         """Which tokens (R, T) may join; the first frame after the sink may join nothing, so the sink stays as it is."""
         if self.threshold is None or frame <= self.sink_frames:
             return torch.zeros_like(similarity, dtype=torch.bool)
-        if not isinstance(self.threshold, tuple):
-            return similarity >= self.threshold
-        each = torch.tensor(self.threshold, device=similarity.device)
-        return similarity >= each.repeat_interleave(len(similarity) // layers)[:, None]
+        return similarity >= self._thresholds(similarity, layers)
+
+    def _thresholds(self, rows: Tensor, layers: int) -> Tensor:
+        """One for each of the `rows`, (R, 1); above any similarity in a layer that never merges."""
+        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * layers
+        found = torch.tensor([torch.inf if t is None else t for t in each], device=rows.device)
+        return found.repeat_interleave(len(rows) // layers)[:, None]
 
     def _link(self, state: "_State", memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Match and similarity (R, T) of every token of the finished block with the frame before it."""
         per_frame, tokens = site.grid.tokens_per_frame, site.grid.tokens
-        blocks = [memory.exact.past().entries.k[:, -tokens:] for memory in memories]
+        blocks = [memory.exact.past().entries for memory in memories]
         if state.scale is None:
-            each = torch.stack([_squared(k).mean(dim=1) for k in blocks]).mean(dim=0)  # of each batch row
-            heads = blocks[0].shape[2] if self.heads == "per_head" else 1
-            state.scale = (each / heads).repeat_interleave(heads).repeat(len(blocks))[:, None]
+            state.scale = self._scale([e.k[:, -tokens:] for e in blocks], [e.v[:, -tokens:] for e in blocks])
+        if self.matching == "entry" or self.threshold is None:
+            return
         for number in range(site.grid.frames):
             part = slice(number * per_frame, (number + 1) * per_frame)
-            k = torch.cat([block[:, part] for block in blocks])
+            k, v = (torch.cat([getattr(e, name)[:, -tokens:][:, part] for e in blocks]) for name in ("k", "v"))
             alike = k
             if self.variant == "paper" and run.rotary is not None:
                 alike = unrotate(k, *(table[:, part] for table in run.rotary))
-            k, alike = self._rows(k), self._rows(alike)
-            match = torch.arange(per_frame, device=k.device).expand(len(k), -1)
+            new = _Frame(self._rows(k), self._rows(v), self._rows(alike))
+            match = torch.arange(per_frame, device=k.device).expand(len(new.k), -1)
             similarity = torch.full(match.shape, -1.0, device=k.device)
-            if state.newest is not None and self.threshold is not None:
-                previous, previous_alike = state.newest
+            if state.newest is not None:
                 if self.matching == "query":
                     q = self._rows(torch.cat([memory.queries[:, part] for memory in memories]))
-                    match = _nearest(q, previous, "ip")
+                    match = _nearest(q, state.newest.k, "ip")
                 elif self.matching == "key":
-                    match = _nearest(alike, previous_alike, "l2" if self.variant == "phase" else "cosine")
-                other = previous_alike.gather(1, match[..., None, None].expand_as(previous_alike))
-                similarity = self._similarity(alike, other, state.scale)
+                    metric = "l2" if self.variant == "phase" else "cosine"
+                    match = _nearest(new.alike, state.newest.alike, metric)
+                similarity = self._similarity(new, state.newest.at(match), state.scale)
                 if site.start + number > self.sink_frames:
                     state.best = torch.maximum(state.best.to(similarity), similarity.max())
             state.links[site.start + number] = match, similarity
-            state.newest = k, alike
+            state.newest = new
 
     def _rows(self, x_RTHD: Tensor) -> Tensor:
         """Vectors that are matched and merged as one: of all heads (R, T, H, D), or of each (R * H, T, 1, D)."""
         return x_RTHD if self.heads == "shared" else x_RTHD.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
-    def _similarity(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        """Of keys (R, T, H, D), all heads together, (R, T)."""
+    def _scale(self, k: list[Tensor], v: list[Tensor]) -> Tensor:
+        """|k| |v| of every row, (R, 1): root mean squares over tokens (B, T, H, D), of keys over all layers too."""
+        keys, values = (torch.stack([_squared(self._rows(x)).mean(1) for x in vectors]) for vectors in (k, v))
+        if self.heads == "per_head":
+            keys = keys.unflatten(1, (len(k[0]), -1)).mean(2, keepdim=True).expand(-1, -1, k[0].shape[2]).flatten(1)
+        return (keys.mean(0) * values).sqrt().flatten()[:, None]
+
+    def _similarity(self, a: "_Frame", b: "_Frame", scale: Tensor) -> Tensor:
+        """Of tokens, (R, T)."""
         if self.variant == "paper":
-            return torch.cosine_similarity(a.flatten(2).float(), b.flatten(2).float(), dim=2)
-        return 1 - _squared(a - b) / (2 * scale)
+            return torch.cosine_similarity(a.alike.flatten(2).float(), b.alike.flatten(2).float(), dim=2)
+        return 1 - (_squared(a.k - b.k) * _squared(a.v - b.v)).sqrt() / (2 * scale)
 
 
 _QUERIES = 16  # of the newest block, sampled to tell attention mass
@@ -300,13 +345,24 @@ _QUERIES = 16  # of the newest block, sampled to tell attention mass
 _REPRESENTATIVES = {"phase": "mean", "paper": "last"}
 
 
+class _Frame(NamedTuple):
+    """Tokens (R, T, H, D) of one frame: keys as read, values, keys as compared."""
+
+    k: Tensor
+    v: Tensor
+    alike: Tensor
+
+    def at(self, index_RT: Tensor) -> "_Frame":
+        return _Frame(*(x.gather(1, index_RT[..., None, None].expand_as(x)) for x in self))
+
+
 @dataclass
 class _State:
     """What one branch of a generation knows: links of the frames that are still recent, and the merged entries."""
 
     merged: MergedTokens | None = None
-    scale: Tensor | None = None  # mean squared key length of the first block, for each row (R, 1)
-    newest: tuple[Tensor, Tensor] | None = None  # keys of the newest frame, as read and as compared
+    scale: Tensor | None = None  # what differences are measured by, for each row (R, 1)
+    newest: _Frame | None = None
     links: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     best: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
 

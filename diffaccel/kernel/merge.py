@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch for CUDA, but not on every platform
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch for CUDA, but not on every platform
 
 
 class Partial(NamedTuple):
@@ -28,7 +28,7 @@ def merge(parts: Sequence[Partial]) -> Partial:
     """
     if len(parts) == 1:
         return parts[0]
-    if parts[0].out.is_cuda and _HAS_TRITON and parts[0].out.dtype != torch.float64:
+    if parts[0].out.is_cuda and HAS_TRITON and parts[0].out.dtype != torch.float64:
         from .fused_merge import merged
 
         return Partial(*merged([part.out for part in parts], [part.lse for part in parts]))
