@@ -20,7 +20,7 @@ MATRIX = [
     Row(Accel(cache=TempCache(threshold=None)), Accel(cache=TempCache(threshold=0.3))),
     Row(
         Accel(cache=TempCache(threshold=None, match="key")),
-        Accel(cache=TempCache(threshold=0.3, match="key", representative="last", sink_frames=1, recent_frames=1)),
+        Accel(cache=TempCache(0.3, budget="7 frames", match="key", representative="last", recent_frames=1)),
     ),
     Row(
         Accel(cache=TempCache(threshold=None, variant="paper")),
@@ -28,9 +28,7 @@ MATRIX = [
     ),
     Row(
         Accel(cache=TempCache(threshold=None, representative="medoid")),
-        Accel(
-            cache=TempCache(threshold=0.3, representative="medoid", max_multiplicity=3, budget="7 frames", evict="mass")
-        ),
+        Accel(cache=TempCache(0.3, representative="medoid", max_multiplicity=3, budget="7 frames", overflow="mass")),
     ),
     Row(
         Accel(cache=TempCache(threshold=None, heads="per_head")),
@@ -38,6 +36,14 @@ MATRIX = [
     ),
     Row(Accel(cache=HostCache(piece_frames=2)), None, bits=False),
     Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
+    Row(
+        Accel(cache=SinkRecent(recent_frames=None, summaries="cell")),
+        Accel(cache=SinkRecent(recent_frames=3, summaries="cell")),
+    ),
+    Row(
+        Accel(cache=SinkRecent(recent_frames=None, summaries="frame"), reuse=FlashBlock(refresh=1)),
+        Accel(cache=SinkRecent(recent_frames=3, summaries="frame"), reuse=FlashBlock(refresh=2)),
+    ),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),

@@ -10,23 +10,18 @@ from ..errors import UnsupportedError
 from ..grid import Grid
 from ..policy import CachePolicy, knob
 from ..site import Site
+from .entries import Entries
 from .memory import Memory
+from .summary import SUMMARIES, Summary
 
 if TYPE_CHECKING:
     from ..run import Run
 
 
 @dataclass(frozen=True)
-class SinkRecent(CachePolicy):
-    """Forget what is neither among the first frames of the video nor among the newest.
+class _SinkAndRecent(CachePolicy):
+    """What both techniques do: drop the frames between the sink and the newest ones."""
 
-    StreamingLLM's sinks (arXiv 2309.17453, section 3) with latent frames as units: Self-Forcing's `local_attn_size`
-    with `sink_frames=0`, where `recent_frames` is that size less one block, since the block at work counts there;
-    LongLive's frame sink with the sink of its first block. `FrameWindow` reads the same keys and keeps them all.
-    """
-
-    paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453; LongLive, arXiv 2509.22622"
-    summary: ClassVar[str] = "keeps the newest frames and a sink of first ones, and forgets the rest"
     exact: ClassVar[dict[str, Any]] = {"recent_frames": None}
 
     recent_frames: int | None = knob(9, "newest latent frames that are kept, >= 1; None keeps all")
@@ -54,8 +49,12 @@ class SinkRecent(CachePolicy):
         if surplus <= 0:
             return
         for memory in memories:
+            self._dropping(memory, slice(sink, sink + surplus), per_frame)
             memory.exact.drop(sink, sink + surplus)
-        run.fired("cache")
+        run.fired("cache", memories[0].count < memories[0].seen)
+
+    def _dropping(self, memory: Memory, gone: slice, per_frame: int) -> None:
+        """The entries `gone` of the exact tier, whole frames, are about to be dropped."""
 
     def why_idle(self, run: "Run") -> str:
         return (
@@ -65,7 +64,55 @@ class SinkRecent(CachePolicy):
 
 
 @dataclass(frozen=True)
-class RollingRebased(SinkRecent):
+class SinkRecent(_SinkAndRecent):
+    """Forget what is neither among the first frames of the video nor among the newest.
+
+    StreamingLLM's sinks (arXiv 2309.17453, section 3) with latent frames as units: Self-Forcing's `local_attn_size`
+    with `sink_frames=0`, where `recent_frames` is that size less one block, since the block at work counts there;
+    LongLive's frame sink with the sink of its first block. `FrameWindow` reads the same keys and keeps them all.
+
+    With `summaries`, ours, what is dropped stays as means of keys and values, each weighted by the tokens it stands
+    for: of constant size, and exact where these tokens are identical (`cache/summary.py`).
+    """
+
+    paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453; LongLive, arXiv 2509.22622"
+    summary: ClassVar[str] = "keeps the newest frames and a sink of first ones, and forgets the rest or sums it up"
+
+    summaries: str | None = knob(
+        None,
+        'what stays of dropped frames: one mean for each of them, at most 64 ("frame"), or one for each place of the '
+        'frame ("cell"); None: nothing',
+        choices=tuple(SUMMARIES),
+    )
+
+    def _dropping(self, memory: Memory, gone: slice, per_frame: int) -> None:
+        """Sum them up."""
+        if self.summaries is None:
+            return
+        if not memory.older:
+            memory.older.append(SUMMARIES[self.summaries]())
+        past, tier = memory.exact.past().entries, memory.older[0]
+        assert isinstance(tier, Summary)
+        assert past.frames is not None
+        tier.take(Entries(past.k[:, gone], past.v[:, gone], past.frames[gone]), per_frame)
+
+    def describe(self, run: "Run") -> dict[str, Any]:
+        """What was summed up, in all layers and branches together."""
+        tiers = [tier for memory in run.all_memories() for tier in memory.older if isinstance(tier, Summary)]
+        if not tiers:
+            return {}
+        return {
+            "summary_entries": sum(tier.count for tier in tiers),
+            "summarised_tokens": sum(tier.tokens for tier in tiers),
+        }
+
+    def why_idle(self, run: "Run") -> str:
+        reason = super().why_idle(run)
+        return f"{reason} (one frame summed up cell by cell is that frame)" if self.summaries == "cell" else reason
+
+
+@dataclass(frozen=True)
+class RollingRebased(_SinkAndRecent):
     """SinkRecent whose sink moves along: its keys are rotated to the frames just before the newest ones.
 
     A model never sees a distance between frames beyond sink + recent + one block, however long the video (the sink of
