@@ -8,8 +8,9 @@ shared history (every block starts from the dense run's past) and free-running. 
 answered for (`Observer`), `memory` the share of a dense cache, at the end, that a layer held. `returns` is a task that
 only memory can solve: clips whose sprite leaves and must come back the same (scripts/score_tiny_world.py).
 
-Results are appended to results.jsonl in --out as they come; a run that is started again skips what is there. At the end
-table.md and curve.png are written.
+Results are appended to results.jsonl in --out as they come; a run that is started again skips what is there, and
+`--share 2/4` takes every fourth arm from the second on, so that several processes share the work. At the end table.md
+and curve.png are written.
 """
 
 import argparse
@@ -46,6 +47,8 @@ PROMPTS = (
     "a small red triangle circles around over a plain teal background. the camera pans up",
 )
 BLOCK, SINK = 3, 1
+TRAINED = 81  # frames of a training clip
+STRIDE = 8  # frames between those that SSIM is taken of
 RETURNS = ("return", "pan_return")
 
 
@@ -76,30 +79,54 @@ class Arm:
     name: str
     accel: Accel
     seed: int = 0
+    returns: bool = False
 
 
 def arms(frames: int) -> list[Arm]:
     """Every arm, for a video of so many latent frames."""
-    found = [Arm("noise floor (split kernel)", Accel(kernel="split")), Arm("another seed", Accel(), seed=1000)]
-    for threshold in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8):
-        found.append(Arm(f"TempCache {threshold}", Accel(cache=TempCache(threshold))))
-    for threshold in (0.97, 0.95, 0.9):
-        found.append(Arm(f"TempCache {threshold}, paper", Accel(cache=TempCache(threshold, variant="paper"))))
-    for percent in (50, 35, 25, 15, 10):
+    found = [
+        Arm("dense", Accel(), returns=True),
+        Arm("noise floor (split kernel)", Accel(kernel="split")),
+        Arm("another seed", Accel(), seed=1000),
+    ]
+    for percent in (25, 50, 35, 15, 10):
         held = round(frames * percent / 100)
         if held < SINK + 2 * BLOCK:
             continue
-        budget = {"budget": f"{held} frames", "sink_frames": SINK}
-        name = f"budget {percent} %"
+
+        def cache(threshold: Any = 0.9, kind: Any = TempCache, held: int = held, **knobs: Any) -> Accel:
+            return Accel(cache=kind(threshold, budget=f"{held} frames", sink_frames=SINK, **knobs))
+
+        name, returns = f"budget {percent} %", percent in (25, 10)
         found += [
-            Arm(f"{name}: SinkRecent", Accel(cache=SinkRecent(held - SINK - BLOCK, SINK))),
-            Arm(f"{name}: random eviction", Accel(cache=RandomEviction(None, **budget))),
-            Arm(f"{name}: TempCache 0.9", Accel(cache=TempCache(0.9, **budget))),
-            Arm(f"{name}: TempCache 0.9, mass", Accel(cache=TempCache(0.9, evict="mass", **budget))),
-            Arm(f"{name}: TempCache 0.8, mass", Accel(cache=TempCache(0.8, evict="mass", **budget))),
-            Arm(f"{name}: TempCache 0.9, unweighted", Accel(cache=Unweighted(0.9, **budget))),
-            Arm(f"{name}: TempCache 0.9, 8 bits", Accel(cache=TempCache(0.9, bits=8, **budget))),
+            Arm(f"{name}: SinkRecent", Accel(cache=SinkRecent(held - SINK - BLOCK, SINK)), returns=returns),
+            Arm(f"{name}: TempCache", cache(), returns=returns),
+            Arm(f"{name}: the paper's form", cache(variant="paper")),
+            Arm(f"{name}: random eviction", cache(None, RandomEviction, overflow="recency")),
         ]
+        if percent in (10, 15):
+            found += [
+                Arm(f"{name}: TempCache, merging above {bound}", cache(overflow_threshold=bound))
+                for bound in (0.3, 0.6)
+            ]
+        if percent == 25:
+            found += [
+                Arm(f"{name}: TempCache, one frame recent", cache(recent_frames=1)),
+                Arm(f"{name}: TempCache, two frames recent", cache(recent_frames=2)),
+                Arm(f"{name}: TempCache, only the budget", cache(None)),
+                Arm(f"{name}: TempCache, per head", cache(heads="per_head")),
+                Arm(f"{name}: TempCache, unweighted", cache(kind=Unweighted)),
+                Arm(f"{name}: TempCache, 8 bits", cache(bits=8)),
+                Arm(f"{name}: TempCache, 4 bits", cache(bits=4)),
+                Arm(f"{name}: TempCache, evicting by recency", cache(overflow="recency")),
+                Arm(f"{name}: TempCache, evicting by mass", cache(overflow="mass")),
+            ]
+    for threshold in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8):
+        found.append(Arm(f"TempCache {threshold}", Accel(cache=TempCache(threshold)), returns=threshold == 0.9))
+    for threshold in (0.97, 0.95, 0.9):
+        found.append(
+            Arm(f"TempCache {threshold}, the paper's form", Accel(cache=TempCache(threshold, variant="paper")))
+        )
     return found
 
 
@@ -156,8 +183,9 @@ class Bench:
         errors = 10 ** (-np.array([psnr(a, b) for a, b in pairs]) / 10)
         return {
             "psnr": pooled(errors),
+            "psnr_trained": pooled(errors[:, : TRAINED - first]),
             "psnr_last_block": pooled(errors[:, -4 * BLOCK :]),
-            "ssim": round(float(np.mean([ssim(a, b).mean() for a, b in pairs])), 4),
+            "ssim": round(float(np.mean([ssim(a[::STRIDE], b[::STRIDE]).mean() for a, b in pairs])), 4),
         }
 
     def returns(self, accel: Accel) -> float:
@@ -183,7 +211,7 @@ class Bench:
             "recall": round(sum(recall) / len(recall), 3) if recall else None,
             "drift": report.cache.get("drift"),
         }
-        if self.scenes and not arm.seed:
+        if self.scenes and arm.returns:
             row["returns"] = round(self.returns(arm.accel), 3)
         return row | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -195,10 +223,15 @@ def pooled(errors: np.ndarray) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results in Markdown."""
-    lines = ["| arm | memory | shared history: PSNR, last block, SSIM | free-running | recall | returns |"]
+    kinds = "PSNR, over the training length, last block, SSIM"
+    lines = [f"| arm | memory | shared history: {kinds} | free-running | recall | returns |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        cells = [f"{d['psnr']:.1f}, {d['psnr_last_block']:.1f}, {d['ssim']:.3f}" for d in (row["shared"], row["free"])]
+        names = ("psnr", "psnr_trained", "psnr_last_block")
+        cells = [
+            ", ".join(f"{row[kind][name]:.1f}" for name in names) + f", {row[kind]['ssim']:.3f}"
+            for kind in ("shared", "free")
+        ]
         recall, returns = ("" if row.get(name) is None else f"{row[name]:.2f}" for name in ("recall", "returns"))
         lines.append(f"| {row['arm']} | {row['memory']:.2f} | {cells[0]} | {cells[1]} | {recall} | {returns} |")
     return "\n".join(lines)
@@ -212,14 +245,15 @@ def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, 2)
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = row["arm"].split(": ")[-1] if row["arm"].startswith("budget") else "TempCache, threshold alone"
-        name = "the paper's form" if "paper" in row["arm"] else name
+        name = row["arm"].split(": ")[-1] if row["arm"].startswith("budget") else "TempCache, no budget"
+        name = "the paper's form, no budget" if row["arm"].endswith("form") and ":" not in row["arm"] else name
         if row["arm"].split()[0] in ("budget", "TempCache"):
             families.setdefault(name, []).append(row)
     for axis, kind in zip(axes, ("shared", "free"), strict=True):
         for name, members in families.items():
             members = sorted(members, key=lambda row: row["memory"])
-            axis.plot([m["memory"] for m in members], [m[kind]["psnr"] for m in members], marker="o", label=name)
+            style = "-o" if len(members) > 1 else "x"
+            axis.plot([m["memory"] for m in members], [m[kind]["psnr"] for m in members], style, label=name)
         for row in rows:
             if row["arm"].startswith(("noise", "another")):
                 axis.axhline(min(row[kind]["psnr"], 60), ls=":", color="gray")
@@ -243,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
     parser.add_argument("--only", default="", help="arms whose name holds this text")
+    parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
+    share, shares = map(int, options.share.split("/"))
     check_plots()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
@@ -252,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row["settings"] != settings(options):
             print(f"{results} holds results of {row['settings']}; name another --out", file=sys.stderr)
             return 2
-    wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name]
+    wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name][share - 1 :: shares]
     missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
     bench = Bench(options) if missing else None
     for arm in missing:
