@@ -186,7 +186,7 @@ def main() -> None:
         f"TempCache 0.9, {small}": (TempCache(0.9, budget=small), endless),
         f"TempCache 0.9, {few}, 8 bits": (TempCache(0.9, budget=few, bits=8), endless),
     }
-    compiled = ["dense", f"TempCache 0.9, {few}", f"TempCache 0.9, {small}"]
+    compiled = ["dense", "SinkRecent 20+1", f"TempCache 0.9, {few}", f"TempCache 0.9, {small}"]
     with torch.no_grad():
         bench = Bench(SHAPES["toy" if options.toy else "wan-1.3b"], device, options.out, 1, "cache.jsonl")
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -239,10 +239,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """PSNR over memory, one line a method."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(1, 2)
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = row["arm"].split(": ")[-1] if row["arm"].startswith("budget") else "TempCache, no budget"
@@ -250,10 +252,16 @@ def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
         if row["arm"].split()[0] in ("budget", "TempCache"):
             families.setdefault(name, []).append(row)
     for axis, kind in zip(axes, ("shared", "free"), strict=True):
-        for name, members in families.items():
+        for number, (name, members) in enumerate(families.items()):
             members = sorted(members, key=lambda row: row["memory"])
             style = "-o" if len(members) > 1 else "x"
-            axis.plot([m["memory"] for m in members], [m[kind]["psnr"] for m in members], style, label=name)
+            axis.plot(
+                [m["memory"] for m in members],
+                [m[kind]["psnr"] for m in members],
+                style,
+                color=colours[number % 20],
+                label=name,
+            )
         for row in rows:
             if row["arm"].startswith(("noise", "another")):
                 axis.axhline(min(row[kind]["psnr"], 60), ls=":", color="gray")
@@ -263,7 +271,7 @@ def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ylabel="PSNR to dense, dB",
             title={"shared": "shared history", "free": "free-running"}[kind],
         )
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -251,7 +251,7 @@ MISTAKES = {
     "unit": (["p", "--set", "cache.budget=3 parsecs"], "a budget is a number of tokens (40000), of latent frames"),
     "small budget": (
         ["p", "--set", "cache.budget=1 frame"],
-        "(0 + 1 + 1) x 6 = 12 tokens, or 29.4 kB of buffers in all layers",
+        "(0 + 1 + 1) x 6 = 12 tokens, or 31.3 kB of buffers in all layers",
     ),
     "knob choice": (["p", "--set", "cache.match=celll"], "did you mean 'cell'"),
     "suffix": (["p", "-o", "v.avi"], "not '.avi'"),
