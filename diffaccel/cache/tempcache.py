@@ -43,8 +43,9 @@ class TempCache(CachePolicy):
     `match` and `representative` override the variant's.
 
     Also ours: the newest frames stay unmerged, and `budget` is a hard cap on what attention may read in a layer, the
-    block at work included. Over it, pairs less alike than `threshold` merge too, as many as it takes, or entries go:
-    `overflow` says which.
+    block at work included. Over it, pairs less alike than `threshold` merge too, by the measure of "phase" and as many
+    as it takes, or entries go: `overflow` says which. With room for a frame or two beside sink, recent frames and
+    block, merging everything else into it costs more than forgetting it: `SinkRecent` is closer to dense there.
     """
 
     paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.2"
