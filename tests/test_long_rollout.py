@@ -15,11 +15,17 @@ POLICIES = [
     TempCache(threshold=0.8, budget="16 frames", sink_frames=1),
     TempCache(threshold=0.8, variant="paper", budget="16 frames", sink_frames=1),
     SinkRecent(recent_frames=6),
+    SinkRecent(recent_frames=6, summaries="cell"),
     RollingRebased(recent_frames=6, sink_frames=3),
 ]
 
 
-@pytest.mark.parametrize("cache", POLICIES, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'variant', '')}")
+def named(cache):
+    changed = {name: value for name, value in cache.values().items() if value != cache.defaults()[name]}
+    return f"{type(cache).__name__}({', '.join(f'{name}={value}' for name, value in changed.items())})"
+
+
+@pytest.mark.parametrize("cache", POLICIES, ids=named)
 def test_twenty_thousand_frames_neither_grow_nor_crash(cache):
     pipe = tiny_pipeline()
     seen = []

@@ -309,7 +309,7 @@ class MergedTokens:
         order = torch.argsort(keys, dim=1, stable=True)
         for store in self._stores:
             for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
-                store.reorder(row, order[row])
+                store.reorder(row, order[row, : self.bound])
         self.anchor = self.anchor.gather(1, order[..., None].expand_as(self.anchor))
         self.count, self.frame, self.cell = (held.gather(1, order) for held in (self.count, self.frame, self.cell))
         place = torch.empty_like(order).scatter_(

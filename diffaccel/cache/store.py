@@ -56,7 +56,7 @@ class Store(Protocol):
         ...
 
     def reorder(self, row: int, order: Tensor) -> None:
-        """Put the places of a row into another order (C,)."""
+        """Put what is at the places `order` (n,) of a row into its first n places."""
         ...
 
     def grow(self, more: int) -> None:
@@ -109,7 +109,7 @@ class Plain:
             pool_written_out(self, joined)
 
     def reorder(self, row: int, order: Tensor) -> None:
-        self._data[row] = self._data[row][order]
+        self._data[row, : len(order)] = self._data[row][order]
 
     def grow(self, more: int) -> None:
         self._data = longer(self._data, more)
@@ -177,7 +177,7 @@ class Quantised:
 
     def reorder(self, row: int, order: Tensor) -> None:
         for held in (self._codes, self._range):
-            held[row] = held[row][order]
+            held[row, : len(order)] = held[row][order]
 
     def grow(self, more: int) -> None:
         self._codes, self._range = longer(self._codes, more), longer(self._range, more)
