@@ -106,13 +106,13 @@ def test_grouping_does_not_wait_for_the_device():
     sizes = MANY["a large one between"]
     count = sum(n for n, _ in sizes)
     q, k, v = (torch.randn(1, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (33, count, count))
-    entries = Entries(k, v, multiplicity=sizes)
-    grouped(KERNELS["sdpa"], q, entries, 0.125)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        grouped(KERNELS["sdpa"], q, entries, 0.125)
+    compiled = grouped(KERNELS["sdpa"], q, Entries(k, v, multiplicity=sizes), 0.125)
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
+    try:  # entries of their own, as those above have notes of what they worked out
+        found = grouped(KERNELS["sdpa"], q, Entries(k, v, multiplicity=sizes), 0.125)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.out, compiled.out)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, while it compiles

@@ -95,7 +95,7 @@ class MergedTokens:
         return torch.arange(self.tokens, device=self.count.device).expand(self.rows, -1)
 
     def add(self, k: Tensor, v: Tensor, frame: int) -> None:
-        """Take one frame (R, T, H, D), every token as an entry of its own."""
+        """Take one frame (R, T, H, D), every token as an entry of its own, which `absorb` does not join later."""
         self._make_room(self.tokens)
         target = self.used[:, None] + self._places
         where = _flat(target, self.capacity)
@@ -107,7 +107,6 @@ class MergedTokens:
         self.frame.scatter_(1, target, frame)
         self.cell.scatter_(1, target, self._places.int())
         self.anchor.view(-1, ANCHOR)[where] = self._seen(k)
-        self.owner = target
         self.used = self.used + self.tokens
         self.bound, self.absorbed = self.bound + self.tokens, self.absorbed + self.tokens
 
@@ -303,8 +302,6 @@ class MergedTokens:
 
     def settle(self) -> list["Row"]:
         """Close the gaps and sort by multiplicity; what each row holds."""
-        if self.owner is None:
-            return []
         keys = torch.where(self.count > 0, self.count, torch.iinfo(torch.int32).max)
         order = torch.argsort(keys, dim=1, stable=True)
         for store in self._stores:
@@ -312,12 +309,13 @@ class MergedTokens:
                 store.reorder(row, order[row, : self.bound])
         self.anchor = self.anchor.gather(1, order[..., None].expand_as(self.anchor))
         self.count, self.frame, self.cell = (held.gather(1, order) for held in (self.count, self.frame, self.cell))
-        place = torch.empty_like(order).scatter_(
-            1, order, torch.arange(self.capacity, device=order.device).expand_as(order)
-        )
-        owner = place.gather(1, self.owner.clamp(min=0))
-        gone = (self.owner < 0) | (self.count.gather(1, owner) == 0)
-        self.owner = torch.where(gone, -1, owner)
+        if self.owner is not None:
+            place = torch.empty_like(order).scatter_(
+                1, order, torch.arange(self.capacity, device=order.device).expand_as(order)
+            )
+            owner = place.gather(1, self.owner.clamp(min=0))
+            gone = (self.owner < 0) | (self.count.gather(1, owner) == 0)
+            self.owner = torch.where(gone, -1, owner)
         self.used = (self.count > 0).sum(1)
 
         most, self.bound = torch.stack([self.count.max().long(), self.used.max()]).tolist()

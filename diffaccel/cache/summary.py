@@ -1,5 +1,6 @@
 """Tiers of one-key summaries: what is dropped stays as its mean, weighted by the number of tokens it stands for."""
 
+from abc import ABC, abstractmethod
 from itertools import groupby, pairwise
 
 import torch
@@ -12,7 +13,7 @@ MOST = 64
 """Entries of a `FrameSummary`: however long the video, what it holds and the host's lists beside it stay this long."""
 
 
-class Summary:
+class Summary(ABC):
     """Means of keys, as they are read, and of values, with log(tokens) added to their scores.
 
     Exact where the tokens of an entry are identical; else the score of a mean key is below what its tokens add up to.
@@ -56,9 +57,9 @@ class Summary:
         multiplicity = tuple((len(list(same)), tokens) for tokens, same in groupby(self._tokens))
         self.entries = Entries(k, v, torch.tensor(self._frames), multiplicity)
 
+    @abstractmethod
     def _add(self, k: Tensor, v: Tensor, frames: list[int], per_frame: int) -> None:
         """Bring the means, tokens and frames up to date with keys and values (B, N, H, D) of these frames."""
-        raise NotImplementedError
 
 
 class CellSummary(Summary):

@@ -101,7 +101,7 @@ class TempCache(CachePolicy):
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         self.require(
             bool(each) and all(t is None or 0 <= t <= 1 for t in each),
-            "threshold is a similarity in [0, 1], or a tuple of one for each layer, or None to never merge",
+            "threshold is a similarity in [0, 1], or a tuple of one for each layer, or None to merge only for a budget",
             threshold=self.threshold,
         )
         self.require(
