@@ -66,7 +66,7 @@ class Unweighted(TempCache):
     def commit(self, memories: Any, site: Site, run: Any) -> None:
         super().commit(memories, site, run)
         for memory in memories:
-            memory.older = [_OneEach(tier.rows, tier.bytes) for tier in memory.older]
+            memory.older = [_OneEach(tier.rows, tier.bytes, tier.host_bytes, tier.heads) for tier in memory.older]
 
 
 class _OneEach(MergedTier):
@@ -104,6 +104,14 @@ def arms(frames: int) -> list[Arm]:
             Arm(f"{name}: the paper's form", cache(variant="paper")),
             Arm(f"{name}: random eviction", cache(None, RandomEviction, overflow="recency")),
         ]
+        if percent in (10, 25, 50):  # a summary by frames is at most 64 entries, one by cells is one frame of 64
+            found += [
+                Arm(
+                    f"{name}: SinkRecent, {kind} summaries",
+                    Accel(cache=SinkRecent(held - SINK - BLOCK - 1, SINK, kind)),
+                )
+                for kind in ("frame", "cell")
+            ]
         if percent in (10, 15):
             found += [
                 Arm(f"{name}: TempCache, merging above {bound}", cache(overflow_threshold=bound))

@@ -24,7 +24,7 @@ MATRIX = [
     ),
     Row(
         Accel(cache=TempCache(threshold=None, variant="paper")),
-        Accel(cache=TempCache(threshold=(0.5, 0.3), variant="paper", budget="7 frames", sink_frames=1)),
+        Accel(cache=TempCache(threshold=(0.5, 0.3), variant="paper", budget="7 frames", sink_frames=1, hold="host")),
     ),
     Row(
         Accel(cache=TempCache(threshold=None, representative="medoid")),

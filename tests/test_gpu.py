@@ -56,6 +56,18 @@ def test_grouped_multiplicities_equal_a_written_out_bias(pipe):
     assert float((fast - slow).abs().max()) <= room
 
 
+@pytest.mark.parametrize("knobs", [{}, {"bits": 8}, {"heads": "per_head"}], ids=str)
+def test_entries_come_from_page_locked_memory_as_they_went(pipe, knobs):
+    """Copies run beside the kernels: a read that does not wait for its own would see another layer's, or nothing."""
+    found = [
+        generate(pipe, Accel(cache=TempCache(0.3, hold=hold, **knobs)), num_frames=49) for hold in ("device", "host")
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    device, host = (run.report().cache for _, run in found)
+    assert "host_bytes" not in device
+    assert host["host_bytes"] > 0
+
+
 MANY = {
     "all small": tuple((1 + 7 * (m % 5), m) for m in range(1, 41)),
     "a large one between": tuple((900 if m in (1, 20) else 1 + 7 * (m % 5), m) for m in range(1, 41)),

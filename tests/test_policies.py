@@ -138,6 +138,8 @@ BAD = [
     ("TempCache", {"budget": -1}, "a budget is a number of tokens .* got -1"),
     ("TempCache", {"budget": "8 parsecs"}, "units tokens, frames, .*; got '8 parsecs'"),
     ("TempCache", {"budget": "1.5 frames"}, "got '1.5 frames'"),
+    ("TempCache", {"hold": "hots"}, "did you mean 'host'"),
+    ("TempCache", {"hold": "host", "threshold": None}, "HostCache holds every token"),
     ("HostCache", {"recent_frames": -1}, "recent_frames=-1"),
     ("HostCache", {"piece_frames": 0}, "piece_frames=0"),
     ("SinkRecent", {"recent_frames": 0}, "recent_frames=0"),

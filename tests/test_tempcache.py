@@ -11,7 +11,7 @@ from diffaccel import Grid, HostCache, KnobError, RollingRebased, SinkRecent, Si
 from diffaccel.cache import Entries, Extent, Memory
 from diffaccel.cache.budget import room_for
 from diffaccel.cache.merged import MergedTokens
-from diffaccel.cache.store import Quantised
+from diffaccel.cache.store import Quantised, row_of, size_of
 from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.kernel.weighted import over_entries
 from diffaccel.rotary import rotate
@@ -137,7 +137,9 @@ def test_exact_tier_keeps_order_while_it_grows_and_is_drained():
         memory.place(torch.randn_like(frame), frame, site(index, 1))  # a denoising step, overwritten
         memory.place(frame, frame, site(index, 1))
         memory.finish_block(T)
-    taken = memory.exact.take_oldest(2 * T)
+    view = memory.exact.oldest(2 * T)
+    taken = Entries(view.k.clone(), view.v.clone(), view.frames.clone())
+    memory.exact.drop(0, 2 * T)
     assert torch.equal(taken.k, torch.cat(frames[:2], 1))
     assert torch.equal(memory.exact.past().entries.k, torch.cat(frames[2:], 1))
     assert memory.exact.past().entries.frames.tolist() == [f for f in range(2, 7) for _ in range(T)]
@@ -239,7 +241,7 @@ def test_what_is_seen_often_outlives_what_was_seen_once():
     memory = fill(TempCache(threshold=0.99, budget="6 frames", overflow="recency"), frames, scratch=scratch)
     [row] = [row.entries() for row in memory.older[0].rows]
     assert row.multiplicity[-1] == (T // 2, 18)
-    merged = scratch["state"].merged
+    merged = scratch["state"].merged[0]
     assert int(merged.evicted) == 18 * T - sum(n * m for n, m in row.multiplicity) > 0
 
 
@@ -344,7 +346,7 @@ def test_what_is_less_alike_than_the_bound_goes_instead_of_merging():
         scratch = {}
         policy = TempCache(None, budget="7 frames", overflow_threshold=bound)
         memory = fill(policy, frames, scratch=scratch)
-        merged = scratch["state"].merged
+        merged = scratch["state"].merged[0]
         assert memory.count == 5 * T
         assert (int(merged.evicted) > 0) == (evicted > 0)
         assert bound is None or float(merged.least) >= bound
@@ -513,17 +515,14 @@ def test_a_quantised_store_is_as_close_as_its_steps_and_keeps_what_it_is_given_b
     scaled = x / size
     step = (scaled.amax(-1) - scaled.amin(-1)) / (2**bits - 1)
     for row in range(3):
-        error = (store.rows(row, 10)[0] - x[row]).abs() / size[row]
+        error = (row_of(store, row, 10)[0] - x[row]).abs() / size[row]
         assert (error <= 0.5 * step[row][..., None] + 2e-3).all()
         assert error.max() > 0
     held = store.read(where.flatten())
     store.write(where.flatten(), held)
     torch.testing.assert_close(store.read(where.flatten()), held, atol=2e-3 * 90, rtol=0)
-    store.reorder(0, torch.arange(12).flip(0))
-    assert torch.equal(store.rows(0, 12)[0, -1], held[0].unflatten(0, (HEADS, DIM)))
-    store.grow(4)
-    assert torch.equal(store.rows(1, 10)[0].flatten(1), held[10:20])
-    assert store.bytes < 4 * 3 * 16 * HEADS * DIM * (bits / 32 + 0.15)
+    assert torch.equal(row_of(store, 1, 10)[0].flatten(1), held[10:20])
+    assert sum(map(size_of, store.parts)) < 4 * 3 * 12 * HEADS * DIM * (bits / 32 + 0.15)
 
 
 def test_eight_bits_hardly_change_attention_and_two_do():
@@ -550,3 +549,36 @@ def test_a_past_on_the_host_is_read_piece_by_piece_and_exactly(piece):
         found, (out, lse) = read(memory, q), attention64(q, k, k + 1, scale=0.3)
         assert_within(found.out, out, F32, inputs=4)
         assert_within(found.lse, lse, F32)
+
+
+@pytest.mark.parametrize("heads", ["shared", "per_head"])
+@pytest.mark.parametrize(
+    "knobs",
+    # over a budget, how carefully a layer merges depends on the longest of those that merge at once
+    [{}, {"bits": 4}, {"representative": "medoid"}, {"threshold": None, "budget": "9 frames"}],
+    ids=str,
+)
+def test_entries_on_the_host_are_those_of_the_device(knobs, heads):
+    """Two layers and two videos; where entries lie changes nothing of what is read."""
+    policies = [TempCache(**{"threshold": 0.5, "heads": heads, "hold": hold} | knobs) for hold in ("device", "host")]
+    frames = [torch.randn(2, T, HEADS, DIM) for _ in range(4)]
+    frames = [frames[n % 4] + 0.3 * torch.randn(2, T, HEADS, DIM) for n in range(16)]
+    held, found = [], []
+    q = torch.randn(2, 9, HEADS, DIM)
+    for policy in policies:
+        memories, run = [Memory(), Memory()], fake_run({})
+        for block in range(8):
+            for layer, memory in enumerate(memories):
+                k = torch.cat(frames[2 * block : 2 * block + 2], 1) * (1 + layer)
+                memory.place(k, k + 1, site(block, 2))
+                memory.finish_block(2 * T)
+            policy.commit(memories, site(block, 2), run)
+            # read twice in the order of the layers: the second time every row but the first was fetched ahead
+            found.append([read(memory, q) for _ in range(2) for memory in memories])
+        held.append(memories)
+    half = len(found) // 2
+    for device, host in zip(found[:half], found[half:], strict=True):
+        assert all(torch.equal(a.out, b.out) and torch.equal(a.lse, b.lse) for a, b in zip(device, host, strict=True))
+    [device], [host] = (memories[1].older for memories in held)
+    assert device.host_bytes == 0 < host.host_bytes
+    assert host.bytes + host.host_bytes == device.bytes

@@ -13,6 +13,7 @@ from ..policy import CachePolicy, knob
 from ..site import Site
 from .entries import Entries, Reader
 from .memory import Memory
+from .shuttle import Shuttle, host_like
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -52,14 +53,16 @@ class HostCache(CachePolicy):
         if leaving <= 0:
             return
         if not memories[0].older:
-            tiers = [HostTier(self.piece_frames * per_frame) for _ in memories]
+            shuttle = Shuttle()
+            tiers = [HostTier(self.piece_frames * per_frame, shuttle) for _ in memories]
             for number, (memory, tier) in enumerate(zip(memories, tiers, strict=True)):
                 tier.following = tiers[(number + 1) % len(tiers)]
                 memory.older.append(tier)
         for memory in memories:
             older = memory.older[0]
             assert isinstance(older, HostTier)
-            older.append(memory.exact.take_oldest(leaving))
+            older.append(memory.exact.oldest(leaving))
+            memory.exact.drop(0, leaving)
         run.fired("cache")
 
     def describe(self, run: "Run") -> dict[str, Any]:
@@ -74,13 +77,11 @@ class HostCache(CachePolicy):
 class HostTier:
     """Entries (B, N, H, D) in pieces on the host; a read brings one after the other to the queries' device."""
 
-    def __init__(self, piece: int) -> None:
-        self.piece, self.following = piece, self
+    def __init__(self, piece: int, shuttle: Shuttle) -> None:
+        self.piece, self.shuttle, self.following = piece, shuttle, self
         self._k: list[Tensor] = []
         self._v: list[Tensor] = []
         self._frames = torch.empty(0, dtype=torch.int64)
-        self._coming: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
-        self._stream: torch.cuda.Stream | None = None
 
     @property
     def count(self) -> int:
@@ -96,48 +97,29 @@ class HostTier:
         return sum(2 * k.numel() * k.element_size() for k in self._k)
 
     def append(self, entries: Entries) -> None:
-        """Take entries over; the last piece is filled up first."""
+        """Copy entries; the last piece is filled up first."""
         assert entries.frames is not None
         done = 0
         while done < entries.count:
             filled = self.count % self.piece
             if not filled:
-                shape = (entries.k.shape[0], self.piece, *entries.k.shape[2:])
-                pinned = entries.k.is_cuda
-                for held in (self._k, self._v):
-                    held.append(torch.empty(shape, dtype=entries.k.dtype, pin_memory=pinned))
+                for held, like in ((self._k, entries.k), (self._v, entries.v)):
+                    held.append(host_like(like[:, :1].expand(-1, self.piece, -1, -1)))
             n = min(self.piece - filled, entries.count - done)
-            self._k[-1][:, filled : filled + n] = entries.k[:, done : done + n]
-            self._v[-1][:, filled : filled + n] = entries.v[:, done : done + n]
+            for held, new in ((self._k, entries.k), (self._v, entries.v)):
+                self.shuttle.send(new[:, done : done + n], held[-1][:, filled : filled + n])
             self._frames = torch.cat([self._frames, entries.frames[done : done + n]])
             done += n
-        self._coming = None
+        self.shuttle.drop()
 
     def fetch(self, number: int, device: torch.device) -> None:
         """Start to bring a piece to the device, beside what runs there."""
-        n = min(self.piece, self.count - number * self.piece)
-        if device.type != "cuda":
-            self._coming = number, self._k[number][:, :n].to(device), self._v[number][:, :n].to(device), None
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
-            k, v = (held[number][:, :n].to(device, non_blocking=True) for held in (self._k, self._v))
-            self._coming = number, k, v, self._stream.record_event()
+        self.shuttle.fetch((self, number), self._piece(number), device)
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         result: Partial | None = None
         for number in range(len(self._k)):
-            if self._coming is None or self._coming[0] != number:
-                self.fetch(number, q.device)
-            assert self._coming is not None
-            _, k, v, arrived = self._coming
-            if arrived is not None:
-                here = torch.cuda.current_stream(q.device)
-                here.wait_event(arrived)
-                for tensor in (k, v):
-                    tensor.record_stream(here)
-            self._coming = None
+            k, v = self.shuttle.take((self, number), self._piece(number), q.device)
             if number + 1 < len(self._k):
                 self.fetch(number + 1, q.device)
             elif self.following.count:
@@ -150,3 +132,7 @@ class HostTier:
 
     def frames(self) -> list[Tensor]:
         return [self._frames]
+
+    def _piece(self, number: int) -> tuple[Tensor, Tensor]:
+        filled = min(self.piece, self.count - number * self.piece)
+        return self._k[number][:, :filled], self._v[number][:, :filled]

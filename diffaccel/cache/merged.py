@@ -4,7 +4,7 @@ Every operation has shapes that the host knows, so that a commit waits for the d
 and of which multiplicity), whatever the number of layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..kernel.merge import Partial
 from .entries import Entries, Reader
-from .store import Joined, Store, longer, make_store, portions
+from .shuttle import Shuttle, host_like
+from .store import Joined, Store, longer, make_store, portions, size_of
 
 ANCHOR = 32
 EXTRA_BYTES = 2 * ANCHOR + 12
@@ -34,11 +35,14 @@ class Drift:
     total: Tensor
     least: Tensor
 
-    def to_dict(self) -> dict[str, float]:
-        joins = int(self.joins)
+    @staticmethod
+    def of(noted: Sequence["Drift"]) -> dict[str, float]:
+        """Of all of them together, for the report."""
+        joins = sum(int(drift.joins) for drift in noted)
         if not joins:
             return {}
-        return {"mean": round(float(self.total) / joins, 4), "least": round(float(self.least), 4)}
+        mean, least = sum(float(drift.total) for drift in noted) / joins, min(float(drift.least) for drift in noted)
+        return {"mean": round(mean, 4), "least": round(least, 4)}
 
 
 class MergedTokens:
@@ -50,13 +54,21 @@ class MergedTokens:
         representative: key of an entry: "mean" of its members, the "last" one, or the "medoid", the member that was
             nearest to their mean when it came.
         bits: 8, 4 or 2 to hold keys and values quantised; None holds them in the model's dtype.
+        shuttle: what brings keys and values from the host's memory, if they are to lie there between commits.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, capacity: int, representative: str = "mean", bits: int | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        capacity: int,
+        representative: str = "mean",
+        bits: int | None = None,
+        shuttle: Shuttle | None = None,
     ) -> None:
         rows, tokens, heads, dim = k.shape
-        self.representative, self.rows, self.tokens = representative, rows, tokens
+        self.representative, self.rows, self.tokens, self.shuttle = representative, rows, tokens, shuttle
+        self._away, self._parked = False, dict[int, list[Tensor]]()
         device, width = k.device, heads * dim
         capacity += SPARE
         self.k, self.v = make_store(k, capacity, bits, channels=True), make_store(v, capacity, bits)
@@ -82,8 +94,17 @@ class MergedTokens:
 
     @property
     def bytes(self) -> int:
-        about = sum(t.numel() * t.element_size() for t in (self.count, self.frame, self.cell, self.anchor))
-        return about + sum(store.bytes for store in self._stores)
+        about = sum(size_of(held) for held in (self.count, self.frame, self.cell, self.anchor))
+        return about + (0 if self._away else self._held)
+
+    @property
+    def host_bytes(self) -> int:
+        """What lies in the host's memory between commits."""
+        return self._held if self._away else 0
+
+    @property
+    def _held(self) -> int:
+        return sum(size_of(part) for store in self._stores for part in store.parts)
 
     @property
     def _stores(self) -> list[Store]:
@@ -93,6 +114,40 @@ class MergedTokens:
     def _places(self) -> Tensor:
         """Place in the frame of each token of one frame, (R, T)."""
         return torch.arange(self.tokens, device=self.count.device).expand(self.rows, -1)
+
+    def park(self) -> None:
+        """Leave keys and values in the host's memory; `fetch` brings them back, `Row.entries` what it reads."""
+        assert self.shuttle is not None
+        for store in self._stores:
+            parked = self._parked.get(id(store), [])
+            if [part.shape for part in parked] != [part.shape for part in store.parts]:
+                parked = self._parked[id(store)] = [host_like(part) for part in store.parts]
+            for part, place in zip(store.parts, parked, strict=True):
+                for row in range(self.rows):
+                    self.shuttle.send(part[row, : self.bound], place[row, : self.bound])
+            store.parts = parked
+        self._away = True
+
+    def fetch(self) -> None:
+        """Start to bring keys and values to the device, for a commit."""
+        if self.shuttle is not None and self._away:
+            self.shuttle.fetch(self, self._filled, self.count.device)
+
+    def unpark(self) -> None:
+        """Have keys and values on the device, for a commit."""
+        if self.shuttle is None or not self._away:
+            return
+        filled = iter(self.shuttle.take(self, self._filled, self.count.device))
+        for store in self._stores:
+            here = [part.new_zeros(part.shape, device=self.count.device) for part in store.parts]
+            for part in here:
+                part[:, : self.bound] = next(filled)
+            store.parts = here
+        self._away = False
+
+    @property
+    def _filled(self) -> list[Tensor]:
+        return [part[:, : self.bound] for store in self._stores for part in store.parts]
 
     def add(self, k: Tensor, v: Tensor, frame: int) -> None:
         """Take one frame (R, T, H, D), every token as an entry of its own, which `absorb` does not join later."""
@@ -304,9 +359,9 @@ class MergedTokens:
         """Close the gaps and sort by multiplicity; what each row holds."""
         keys = torch.where(self.count > 0, self.count, torch.iinfo(torch.int32).max)
         order = torch.argsort(keys, dim=1, stable=True)
-        for store in self._stores:
+        for part in (part for store in self._stores for part in store.parts):
             for row in range(self.rows):  # row by row, so that no second copy of the whole cache exists
-                store.reorder(row, order[row, : self.bound])
+                part[row, : self.bound] = part[row][order[row, : self.bound]]
         self.anchor = self.anchor.gather(1, order[..., None].expand_as(self.anchor))
         self.count, self.frame, self.cell = (held.gather(1, order) for held in (self.count, self.frame, self.cell))
         if self.owner is not None:
@@ -335,28 +390,39 @@ class MergedTokens:
             return
         more = max(needed, 2 * self.capacity) - self.capacity
         for store in self._stores:
-            store.grow(more)
+            store.parts = [longer(part, more) for part in store.parts]
         about = (self.count, self.frame, self.cell, self.anchor)
         self.count, self.frame, self.cell, self.anchor = (longer(held, more) for held in about)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Row:
-    """One filled row: what is known of its entries on the host, and how to read them."""
+    """One filled row: what is known of its entries on the host, and how to read them; `following` is read next."""
 
     merged: MergedTokens
     number: int
     frames: Tensor
     multiplicity: tuple[tuple[int, int], ...]
     notes: dict[Any, Any] = field(default_factory=dict)
+    following: "Row | None" = None
 
     @property
     def count(self) -> int:
         return self.frames.shape[0]
 
     def entries(self) -> Entries:
-        k, v = (store.rows(self.number, self.count) for store in (self.merged.k, self.merged.v))
-        return Entries(k, v, self.frames, self.multiplicity, self.notes)
+        merged, shuttle, k = self.merged, self.merged.shuttle, len(self.merged.k.parts)
+        parts = self._parts()
+        if shuttle is not None:
+            parts = shuttle.take(self, parts, merged.count.device)
+            if self.following is not None and self.following.count:
+                shuttle.fetch(self.following, self.following._parts(), merged.count.device)
+        vectors = (merged.k.opened(parts[:k], self.number), merged.v.opened(parts[k:], self.number))
+        return Entries(*vectors, self.frames, self.multiplicity, self.notes)
+
+    def _parts(self) -> list[Tensor]:
+        """What holds the keys, then what holds the values."""
+        return [part[self.number, : self.count] for part in (*self.merged.k.parts, *self.merged.v.parts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,6 +434,7 @@ class MergedTier:
 
     rows: list[Row]
     bytes: int
+    host_bytes: int = 0
     heads: int = 1
 
     @property

@@ -1,6 +1,6 @@
 """Buffers of keys or values, as they are or quantised, that policies write entry by entry."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,13 +28,15 @@ class Joined(NamedTuple):
 
 
 class Store(Protocol):
-    """R rows of C places, each a vector of H x D numbers. `where` counts places through all rows."""
+    """R rows of C places, each a vector of H x D numbers. `where` counts places through all rows.
+
+    `parts` are the tensors (R, C, ...) that hold them. They may be taken away and brought back; `opened` reads a copy.
+    """
+
+    parts: list[Tensor]
 
     @property
     def capacity(self) -> int: ...
-
-    @property
-    def bytes(self) -> int: ...
 
     @property
     def width(self) -> int:
@@ -55,33 +57,25 @@ class Store(Protocol):
         """Make each vector that others join the mean over all tokens it now stands for."""
         ...
 
-    def reorder(self, row: int, order: Tensor) -> None:
-        """Put what is at the places `order` (n,) of a row into its first n places."""
-        ...
-
-    def grow(self, more: int) -> None:
-        """Add places to every row."""
-        ...
-
-    def rows(self, row: int, count: int) -> Tensor:
-        """The first `count` vectors of a row as attention reads them, (1, count, H, D)."""
+    def opened(self, parts: Sequence[Tensor], row: int) -> Tensor:
+        """The vectors of some places (n, ...) of a row as attention reads them, (1, n, H, D)."""
         ...
 
 
 class Plain:
-    """Vectors in the model's dtype; `rows` is a view."""
+    """Vectors in the model's dtype; what is opened is a view."""
 
     def __init__(self, like_RTHD: Tensor, capacity: int) -> None:
         rows, _, *self._shape = like_RTHD.shape
-        self._data = like_RTHD.new_zeros(rows, capacity, self._shape[0] * self._shape[1])
+        self.parts = [like_RTHD.new_zeros(rows, capacity, self._shape[0] * self._shape[1])]
+
+    @property
+    def _data(self) -> Tensor:
+        return self.parts[0]
 
     @property
     def capacity(self) -> int:
         return self._data.shape[1]
-
-    @property
-    def bytes(self) -> int:
-        return self._data.numel() * self._data.element_size()
 
     @property
     def width(self) -> int:
@@ -108,14 +102,8 @@ class Plain:
         else:
             pool_written_out(self, joined)
 
-    def reorder(self, row: int, order: Tensor) -> None:
-        self._data[row, : len(order)] = self._data[row][order]
-
-    def grow(self, more: int) -> None:
-        self._data = longer(self._data, more)
-
-    def rows(self, row: int, count: int) -> Tensor:
-        return self._data[row : row + 1, :count].unflatten(2, self._shape)
+    def opened(self, parts: Sequence[Tensor], row: int) -> Tensor:
+        return parts[0][None].unflatten(2, self._shape)
 
 
 class Quantised:
@@ -130,19 +118,24 @@ class Quantised:
         rows, _, heads, dim = like_RTHD.shape
         self._shape, self._dtype, self.bits = (heads, dim), like_RTHD.dtype, bits
         device = like_RTHD.device
-        self._codes = torch.zeros(rows, capacity, heads * dim * bits // 8, dtype=torch.uint8, device=device)
-        self._range = torch.zeros(rows, capacity, heads, 2, dtype=torch.float16, device=device)  # lowest value and step
+        codes = torch.zeros(rows, capacity, heads * dim * bits // 8, dtype=torch.uint8, device=device)
+        ranges = torch.zeros(rows, capacity, heads, 2, dtype=torch.float16, device=device)  # lowest value and step
+        self.parts = [codes, ranges]
         self._size = torch.ones(rows, 1, 1, 1, device=device)
         if channels:
             self._size = like_RTHD.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
 
     @property
-    def capacity(self) -> int:
-        return self._codes.shape[1]
+    def _codes(self) -> Tensor:
+        return self.parts[0]
 
     @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._codes, self._range, self._size))
+    def _range(self) -> Tensor:
+        return self.parts[1]
+
+    @property
+    def capacity(self) -> int:
+        return self._codes.shape[1]
 
     @property
     def width(self) -> int:
@@ -150,7 +143,9 @@ class Quantised:
 
     def read(self, where: Tensor) -> Tensor:
         if self._codes.is_cuda and HAS_TRITON:
-            return self._fused(where, torch.float32)
+            from ..kernel.fused_rows import opened
+
+            return opened(self._codes, self._range, self._size, where, self.bits, torch.float32)
         size = self._size[where // self.capacity, 0]
         return self._open(self._codes.flatten(0, 1)[where], self._range.flatten(0, 1)[where], size).flatten(1)
 
@@ -173,26 +168,22 @@ class Quantised:
         return apart_written_out(self, first, second)
 
     def pool(self, joined: Joined) -> None:
-        pool_written_out(self, joined)
-
-    def reorder(self, row: int, order: Tensor) -> None:
-        for held in (self._codes, self._range):
-            held[row, : len(order)] = held[row][order]
-
-    def grow(self, more: int) -> None:
-        self._codes, self._range = longer(self._codes, more), longer(self._range, more)
-
-    def rows(self, row: int, count: int) -> Tensor:
         if self._codes.is_cuda and HAS_TRITON:
-            where = torch.arange(row * self.capacity, row * self.capacity + count, device=self._codes.device)
-            return self._fused(where, self._dtype).unflatten(1, self._shape)[None]
-        opened = self._open(self._codes[row, :count], self._range[row, :count], self._size[row])
-        return opened[None].to(self._dtype)
+            from ..kernel.fused_rows import opened_pool
 
-    def _fused(self, where: Tensor, dtype: torch.dtype) -> Tensor:
-        from ..kernel.fused_rows import opened
+            opened_pool(self._codes, self._range, self._size, self.bits, *joined)
+        else:
+            pool_written_out(self, joined)
 
-        return opened(self._codes, self._range, self._size, where, self.bits, dtype)
+    def opened(self, parts: Sequence[Tensor], row: int) -> Tensor:
+        codes, ranges = parts
+        if codes.is_cuda and HAS_TRITON:
+            from ..kernel.fused_rows import opened
+
+            where = torch.arange(len(codes), device=codes.device)
+            found = opened(codes[None], ranges[None], self._size[row, None], where, self.bits, self._dtype)
+            return found.unflatten(1, self._shape)[None]
+        return self._open(codes, ranges, self._size[row])[None].to(self._dtype)
 
     def _open(self, codes: Tensor, ranges: Tensor, size: Tensor) -> Tensor:
         """Codes (n, H * D * bits / 8) as numbers (n, H, D) fp32."""
@@ -212,6 +203,11 @@ def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: boo
 def store_bytes(heads: int, dim: int, bits: int | None, itemsize: int) -> int:
     """What one vector takes in a store."""
     return heads * dim * itemsize if bits is None else heads * (dim * bits // 8 + 4)
+
+
+def row_of(store: Store, row: int, count: int) -> Tensor:
+    """The first `count` vectors of a row as attention reads them, (1, count, H, D)."""
+    return store.opened([part[row, :count] for part in store.parts], row)
 
 
 def apart_written_out(store: Store, first: Tensor, second: Tensor) -> Tensor:
@@ -239,6 +235,11 @@ def portions(count: int, size: int) -> Iterator[slice]:
     """Slices of `count` things that take `size` bytes each, so many at a time that they are few bytes."""
     step = max(1, _AT_ONCE // max(1, size))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def size_of(held: Tensor) -> int:
+    """Bytes."""
+    return held.numel() * held.element_size()
 
 
 def longer(held: Tensor, more: int) -> Tensor:

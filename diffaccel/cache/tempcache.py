@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -15,8 +16,9 @@ from ..rotary import unrotate
 from ..site import Site
 from .budget import Extent, parse_budget, readable, room_for
 from .memory import Memory
-from .merged import EXTRA_BYTES, SPARE, MergedTier, MergedTokens
-from .store import BITS, store_bytes
+from .merged import EXTRA_BYTES, SPARE, Drift, MergedTier, MergedTokens, Row
+from .shuttle import Shuttle
+from .store import BITS, row_of, store_bytes
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -95,6 +97,12 @@ class TempCache(CachePolicy):
     )
     max_multiplicity: int | None = knob(None, "most tokens an entry stands for, >= 1; None: no limit")
     bits: int | None = knob(None, "8, 4 or 2: hold older frames quantised, which saves memory, not time; None: as is")
+    hold: str = knob(
+        "device",
+        "where merged entries lie: device, or host: page-locked memory, brought back layer by layer as they are read, "
+        "the next one while this one computes, which saves memory of the device, not time",
+        choices=("device", "host"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +127,14 @@ class TempCache(CachePolicy):
         )
         self.require(
             self.bits is None or self.bits in BITS, "bits is 8, 4 or 2, or None to quantise nothing", bits=self.bits
+        )
+        self.require(
+            self.hold == "device" or not self.is_exact,
+            'hold="host" is where merged entries lie, so it wants a threshold, a budget or bits; HostCache holds every '
+            "token there",
+            threshold=self.threshold,
+            budget=self.budget,
+            bits=self.bits,
         )
         if self.budget is not None:
             parse_budget(self.budget)
@@ -172,53 +188,85 @@ class TempCache(CachePolicy):
         scratch = run.scratch("cache", site.branch)
         state: _State = scratch.setdefault("state", _State())
         self._link(state, memories, site, run)
-        per_frame, sizes = site.grid.tokens_per_frame, [memory.exact.count for memory in memories]
-        leaving = sizes[0] - self._recent(site.grid) * per_frame
+        past, per_frame = memories[0].exact.past().entries, site.grid.tokens_per_frame
+        leaving = past.count - self._recent(site.grid) * per_frame
         if leaving <= 0:
             return
-        taken = [memory.exact.take_oldest(leaving) for memory in memories]
-        k, v = (torch.cat([getattr(entries, name) for entries in taken]) for name in ("k", "v"))
+        assert state.scale is not None
+        assert past.frames is not None
+        frames = past.frames[:leaving:per_frame].tolist()
+        each, batch = len(state.scale) // len(memories), len(past.k)  # rows of a layer, and videos
+        # On the device all layers merge at once; to and from the host each goes by itself.
+        groups = [memories] if self.hold == "device" else [[memory] for memory in memories]
+        settled: list[Row] = []
+        for number, group in enumerate(groups):
+            merged = self._merge(state, number, group, frames, site, run)
+            rows = merged.settle()
+            if merged.shuttle is not None:
+                merged.park()
+            held, parked = merged.bytes // len(group), merged.host_bytes // len(group)
+            for layer, memory in enumerate(group):
+                own = rows[layer * each : (layer + 1) * each]
+                memory.older = [MergedTier(own, held, parked, heads=each // batch)]
+            settled += rows
+        for frame in frames:
+            state.links.pop(frame, None)
+        for row, following in pairwise([*settled, settled[0]]):
+            row.following = following
+        taken = sum(merged.absorbed * merged.rows for merged in state.merged)
+        run.fired("cache", self.bits or self.hold == "host" or taken - sum(row.count for row in settled))
+
+    def _merge(
+        self, state: "_State", number: int, group: Sequence[Memory], frames: list[int], site: Site, run: "Run"
+    ) -> MergedTokens:
+        """Move the oldest `frames` of these layers into their buffers, and keep those within the budget."""
+        per_frame = site.grid.tokens_per_frame
+        leaving = len(frames) * per_frame
+        oldest = [memory.exact.oldest(leaving) for memory in group]
+        k, v = (self._rows(torch.cat([getattr(entries, name) for entries in oldest])) for name in ("k", "v"))
+        for memory in group:
+            memory.exact.drop(0, leaving)
         limit = None
         if self.budget is not None:
             assert run.extent is not None
             limit = self._room(run.extent)
-        k, v = self._rows(k), self._rows(v)
-        if state.merged is None:
+        if number == len(state.merged):
             room = leaving if limit is None or run.extent is None else limit + max(leaving, run.extent.block.tokens)
             representative = self.representative or _REPRESENTATIVES[self.variant]
-            state.merged = MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits)
-        frames = taken[0].frames
-        assert frames is not None
-        for start in range(0, leaving, per_frame):
-            part, frame = slice(start, start + per_frame), int(frames[start])
+            shuttle = state.shuttle if self.hold == "host" else None
+            state.merged.append(
+                MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits, shuttle)
+            )
+        merged, rows = state.merged[number], slice(number * len(k), (number + 1) * len(k))
+        merged.unpark()
+        for following in state.merged[number + 1 : number + 2]:
+            following.fetch()
+        assert state.scale is not None
+        assert state.bar is not None
+        scale, bar = state.scale[rows], state.bar[rows]
+        for frame, new_k, new_v in zip(frames, k.split(per_frame, 1), v.split(per_frame, 1), strict=True):
             if self.matching == "entry" or self.threshold is None:
-                state.merged.add(k[:, part], v[:, part], frame)
+                merged.add(new_k, new_v, frame)
                 continue
-            match, similarity = state.links.pop(frame)
-            joins = self._joins(similarity, frame, len(memories))
-            state.merged.absorb(k[:, part], v[:, part], frame, joins, match, similarity, self.max_multiplicity)
-        over = limit is not None and state.merged.bound > limit
+            match, similarity = (link[rows] for link in state.links[frame])
+            # the first frame after the sink may join nothing, so the sink stays as it is
+            joins = (similarity >= bar) & (frame > self.sink_frames)
+            merged.absorb(new_k, new_v, frame, joins, match, similarity, self.max_multiplicity)
+        over = limit is not None and merged.bound > limit
         folds, overflows = self.matching == "entry" and self.threshold is not None, over and self._overflow == "merge"
         if folds or overflows:
-            bar = self._thresholds(state.merged.count, len(memories)) if folds else None
-            most = limit if overflows else None
-            assert state.scale is not None
             floor = -inf if self.overflow_threshold is None else self.overflow_threshold
-            state.merged.fold(bar, most, state.scale, self.sink_frames, self.max_multiplicity, leaving, floor)
+            most = limit if overflows else None
+            merged.fold(bar if folds else None, most, scale, self.sink_frames, self.max_multiplicity, leaving, floor)
         if over:
             assert limit is not None
-            state.merged.evict(limit, self._worth(state.merged, memories, site), self.sink_frames)
-        rows = state.merged.settle()
-        each, held = len(rows) // len(memories), state.merged.bytes // len(memories)
-        heads = each // len(taken[0].k)
-        for layer, memory in enumerate(memories):
-            memory.older = [MergedTier(rows[layer * each : (layer + 1) * each], held, heads)]
-        run.fired("cache", self.bits or state.merged.absorbed * len(rows) - sum(row.count for row in rows))
+            merged.evict(limit, self._worth(merged, group, site), self.sink_frames)
+        return merged
 
     def describe(self, run: "Run") -> dict[str, Any]:
         """What was merged and evicted, for the report; waits for the device."""
         states = [s["state"] for s in run.all_scratch("cache") if "state" in s]
-        found = [state.merged for state in states if state.merged is not None]
+        found = [merged for state in states for merged in state.merged]
         if not found:
             return {}
         counts = torch.cat([merged.count[merged.count > 0] for merged in found])
@@ -229,8 +277,8 @@ class TempCache(CachePolicy):
             "evicted_tokens": sum(int(merged.evicted) for merged in found),
             "least_similarity": least if (least := min(round(float(m.least), 4) for m in found)) < inf else None,
             "multiplicity": {f"{2**i}-{2 ** (i + 1) - 1}" if i else "1": n for i, n in enumerate(powers)},
-            "drift": found[0].drift.to_dict(),
-        }
+            "drift": Drift.of([merged.drift for merged in states[0].merged]),
+        } | ({"host_bytes": held} if (held := sum(merged.host_bytes for merged in found)) else {})
 
     def why_idle(self, run: "Run") -> str:
         states = [s["state"] for s in run.all_scratch("cache") if "state" in s]
@@ -242,7 +290,8 @@ class TempCache(CachePolicy):
         limit = "" if self.budget is None else f", and the past never outgrew budget={self.budget!r}"
         if self.threshold is None:
             return f"threshold=None never merges{limit}"
-        best = max(float(state.best if self.matching != "entry" else state.merged.best) for state in states)
+        by_entry = self.matching == "entry"
+        best = max(float(x.best) for state in states for x in (state.merged if by_entry else [state]))
         return (
             f"no pair of tokens reached threshold={self.threshold}; the most alike had {best:.4f}{limit}: "
             "lower the threshold"
@@ -275,23 +324,17 @@ class TempCache(CachePolicy):
         for number in range(merged.rows):
             q = queries[number].float() * queries.shape[-1] ** -0.5
             beside = torch.einsum("shd,nhd->shn", q, exact[number].float()).logsumexp(-1)
-            scores = torch.einsum("shd,nhd->shn", q, merged.k.rows(number, merged.capacity)[0].float())
+            scores = torch.einsum("shd,nhd->shn", q, row_of(merged.k, number, merged.capacity)[0].float())
             scores = scores + merged.count[number].float().log()  # -inf where there is no entry
             total = torch.logaddexp(beside, scores.logsumexp(-1))
             worth.append((scores - total[..., None]).exp().sum(dim=(0, 1)))
         return torch.stack(worth)
 
-    def _joins(self, similarity: Tensor, frame: int, layers: int) -> Tensor:
-        """Which tokens (R, T) may join; the first frame after the sink may join nothing, so the sink stays as it is."""
-        if self.threshold is None or frame <= self.sink_frames:
-            return torch.zeros_like(similarity, dtype=torch.bool)
-        return similarity >= self._thresholds(similarity, layers)
-
-    def _thresholds(self, rows: Tensor, layers: int) -> Tensor:
-        """One for each of the `rows`, (R, 1); above any similarity in a layer that never merges."""
+    def _thresholds(self, scale: Tensor, layers: int) -> Tensor:
+        """One for each row, (R, 1) as `scale`; above any similarity in a layer that never merges."""
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * layers
-        found = torch.tensor([torch.inf if t is None else t for t in each], device=rows.device)
-        return found.repeat_interleave(len(rows) // layers)[:, None]
+        found = torch.tensor([torch.inf if t is None else t for t in each], device=scale.device)
+        return found.repeat_interleave(len(scale) // layers)[:, None]
 
     def _link(self, state: "_State", memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Match and similarity (R, T) of every token of the finished block with the frame before it."""
@@ -299,6 +342,7 @@ class TempCache(CachePolicy):
         blocks = [memory.exact.past().entries for memory in memories]
         if state.scale is None:
             state.scale = self._scale([e.k[:, -tokens:] for e in blocks], [e.v[:, -tokens:] for e in blocks])
+            state.bar = self._thresholds(state.scale, len(memories))
         if self.matching == "entry" or self.threshold is None:
             return
         for number in range(site.grid.frames):
@@ -361,8 +405,10 @@ class _Frame(NamedTuple):
 class _State:
     """What one branch of a generation knows: links of the frames that are still recent, and the merged entries."""
 
-    merged: MergedTokens | None = None
+    merged: list[MergedTokens] = field(default_factory=list)  # all layers in one, or one for each
+    shuttle: Shuttle = field(default_factory=Shuttle)
     scale: Tensor | None = None  # what differences are measured by, for each row (R, 1)
+    bar: Tensor | None = None  # threshold of each row (R, 1)
     newest: _Frame | None = None
     links: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     best: Tensor = field(default_factory=lambda: torch.tensor(-1.0))

@@ -93,19 +93,16 @@ class ExactTier:
     def past_and_block(self) -> Fixed:
         return Fixed(self._view(0, self._placed))
 
-    def take_oldest(self, tokens: int) -> Entries:
-        """Remove the oldest `tokens` entries and return a copy of them."""
-        view = self._view(0, tokens)
-        taken = Entries(view.k.clone(), view.v.clone(), self._frames[:tokens].clone())
-        self.drop(0, tokens)
-        return taken
+    def oldest(self, tokens: int) -> Entries:
+        """A view of the oldest `tokens` entries."""
+        return self._view(0, tokens)
 
     def drop(self, start: int, end: int) -> None:
         """Remove the entries `start` to `end`; later ones move down."""
         left = self._count - (end - start)
-        for buffer in (self._k, self._v):
-            buffer[:, start:left] = buffer[:, end : self._count].clone()
-        self._frames[start:left] = self._frames[end : self._count].clone()
+        for buffer in (*self._k, *self._v, self._frames):
+            later = buffer[end : self._count]
+            buffer[start:left] = later if len(later) <= end - start else later.clone()  # where they overlap
         self._count = self._placed = left
 
     def _view(self, start: int, end: int) -> Entries:

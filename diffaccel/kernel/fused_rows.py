@@ -43,7 +43,7 @@ def squared_distances(x_PW: Tensor, first_N: Tensor, second_N: Tensor) -> Tensor
 def _pool(x_ptr, gone_ptr, stays_ptr, leader_ptr, weight_ptr, before_ptr, after_ptr, E, W, WIDTH: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64)
     row, own = slot // E, slot % E
-    if tl.load(leader_ptr + slot) == own:
+    if (tl.load(leader_ptr + slot) == own) & (tl.load(weight_ptr + slot) > 0):  # no weight: a slot left over
         base = x_ptr + tl.load(stays_ptr + slot) * W
         before, after = tl.load(before_ptr + slot), tl.load(after_ptr + slot)
         for start in range(0, W, WIDTH):
@@ -116,6 +116,47 @@ def _open_distances(
     tl.store(out_ptr + pair, tl.sum(total))
 
 
+@triton.jit
+def _open_pool(
+    code_ptr, range_ptr, size_ptr, gone_ptr, stays_ptr, leader_ptr, weight_ptr, before_ptr, after_ptr, E, C, H, D,
+    BITS: tl.constexpr, CHANNELS: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, own = slot // E, slot % E
+    each: tl.constexpr = 8 // BITS
+    if (tl.load(leader_ptr + slot) == own) & (tl.load(weight_ptr + slot) > 0):
+        byte, part = tl.arange(0, BYTES)[:, None], tl.arange(0, each)[None, :]
+        w = byte * each + part  # one row a byte
+        ok = w < D
+        w += head * D
+        stays = tl.load(stays_ptr + slot)
+        before, after = tl.load(before_ptr + slot), tl.load(after_ptr + slot)
+        x = before.to(tl.float32) * _opened(code_ptr, range_ptr, size_ptr, stays, w, ok, C, H, D, BITS, CHANNELS)
+        member, joins = own, own
+        while joins == own:
+            here = row * E + member
+            gone = tl.load(gone_ptr + here)
+            new = _opened(code_ptr, range_ptr, size_ptr, gone, w, ok, C, H, D, BITS, CHANNELS)
+            x += tl.load(weight_ptr + here).to(tl.float32) * new
+            member += 1
+            joins = tl.load(leader_ptr + row * E + member, mask=member < E, other=-1)
+        x = x / after.to(tl.float32)
+        if CHANNELS:
+            x = x / tl.load(size_ptr + (stays // C) * H * D + w, mask=ok, other=1.0)
+        most: tl.constexpr = (1 << BITS) - 1
+        low = tl.min(tl.where(ok, x, float("inf"))).to(tl.float16).to(tl.float32)
+        step = tl.maximum((tl.max(tl.where(ok, x, float("-inf"))) - low) / most, 6e-8).to(tl.float16).to(tl.float32)
+        code = tl.minimum(tl.maximum(tl.floor((x - low) / step + 0.5), 0.0), 1.0 * most).to(tl.int32)
+        packed = tl.sum(code << (BITS * part), axis=1).to(tl.uint8)
+        tl.store(
+            code_ptr + (stays * H + head) * (D // each) + tl.arange(0, BYTES),
+            packed,
+            mask=tl.arange(0, BYTES) * each < D,
+        )
+        tl.store(range_ptr + (stays * H + head) * 2, low.to(tl.float16))
+        tl.store(range_ptr + (stays * H + head) * 2 + 1, step.to(tl.float16))
+
+
 def opened(codes: Tensor, ranges: Tensor, sizes: Tensor, where: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Vectors (n, W) at places (n,) of codes (R, C, W * bits / 8), ranges (R, C, H, 2), sizes (R, 1, H, D) or of ones
     (R, 1, 1, 1)."""
@@ -136,6 +177,17 @@ def opened_distances(codes: Tensor, ranges: Tensor, sizes: Tensor, first: Tensor
         codes, ranges, sizes, *places, out, *shape, BITS=bits, CHANNELS=channels, WIDTH=width
     )
     return out
+
+
+def opened_pool(codes: Tensor, ranges: Tensor, sizes: Tensor, bits: int, *joined: Tensor) -> None:
+    """`pool` of quantised vectors; a head's numbers fill whole bytes."""
+    (capacity, heads, dim), _, channels = _shape(codes, ranges, sizes, bits)
+    rows, most = joined[0].shape
+    parts = [part.contiguous() for part in joined]
+    _open_pool[(rows * most, heads)](
+        codes, ranges, sizes, *parts, most, capacity, heads, dim,
+        BITS=bits, CHANNELS=channels, BYTES=triton.next_power_of_2(dim * bits // 8),
+    )  # fmt: skip
 
 
 def _shape(codes: Tensor, ranges: Tensor, sizes: Tensor, bits: int) -> tuple[tuple[int, int, int], int, bool]:
