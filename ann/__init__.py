@@ -3,6 +3,29 @@
 if __name__ == "ann":
     raise ImportError("this folder is the package diffaccel.ann; write `from diffaccel.ann import ...`")
 
-from .flat import Flat, Index
+from .balanced import inverse, order
+from .faiss import Faiss
+from .flat import Flat
+from .index import Found, Index
+from .ivf import IVF
+from .kmeans import KMeans
+from .lsh import LSH
+from .quantized import ProductQuantized, Quantized
+from .recall import Row, frontier, recall
 
-__all__ = ["Flat", "Index"]
+__all__ = [
+    "IVF",
+    "LSH",
+    "Faiss",
+    "Flat",
+    "Found",
+    "Index",
+    "KMeans",
+    "ProductQuantized",
+    "Quantized",
+    "Row",
+    "frontier",
+    "inverse",
+    "order",
+    "recall",
+]

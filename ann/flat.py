@@ -1,60 +1,34 @@
 """Exact search: the oracle every approximate index is measured against."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-METRICS = ("cosine", "ip", "l2")
+from .index import Index, at_once, distances_between, distances_to, prepared, smallest
 
 
-class Index(Protocol):
-    """Nearest neighbours among fitted points; leading dimensions are independent problems."""
-
-    def fit(self, points: Tensor) -> "Index":
-        """Take points (..., N, D) and return the index itself."""
-        ...
-
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest points of each query (..., Q, D): ids int64, distances fp32, both (..., Q, k)."""
-        ...
-
-
-@dataclass
-class Flat:
-    """Brute force over every point, in fp32.
-
-    `metric`: "cosine" (distance 1 - cos), "ip" (distance -<q, p>), "l2" (squared Euclidean distance).
-    """
+@dataclass(frozen=True)
+class Flat(Index[Tensor]):
+    """Brute force over every point, in fp32: a matrix product and a top-k. Metrics: cosine, ip, l2."""
 
     metric: str = "cosine"
-    _points: Tensor = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"metric is one of {', '.join(METRICS)}, got {self.metric!r}")
+    def distances(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """Distances of queries (..., Q, D) to points by id (..., Q, C), fp32 (..., Q, C)."""
+        fitted = self._require_fitted()
+        self._check_queries(queries, fitted.lead, fitted.dims, fitted.device)
+        vectors, flat_ids = prepared(queries, self.metric), ids.reshape(len(fitted.state), *ids.shape[-2:])
+        chunk = at_once(vectors, ids.shape[-1] * fitted.dims)
+        parts = zip(vectors.split(chunk, dim=1), flat_ids.split(chunk, dim=1), strict=True)
+        found = [distances_to(some, fitted.state, those, self.metric) for some, those in parts]
+        return torch.cat(found, dim=1).view(ids.shape)
 
-    def fit(self, points: Tensor) -> "Flat":
-        """Take points (..., N, D)."""
-        self._points = self._prepared(points)
-        return self
+    def _build(self, points_PND: Tensor, queries_PSD: Tensor | None) -> Tensor:
+        return points_PND
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest points of queries (..., Q, D): ids and distances, (..., Q, k), nearest first."""
-        found = self._points.shape[-2]
-        if not 1 <= k <= found:
-            raise ValueError(f"k is between 1 and the number of points, got k={k} with {found} points")
-        queries = self._prepared(queries)
-        products = queries @ self._points.transpose(-2, -1)
-        if self.metric == "l2":
-            lengths = self._points.square().sum(-1)[..., None, :]
-            distances = (queries.square().sum(-1, keepdim=True) - 2 * products + lengths).clamp(min=0)
-        else:
-            distances = (1 - products) if self.metric == "cosine" else -products
-        nearest, ids = torch.topk(distances, k, dim=-1, largest=False, sorted=True)
-        return ids, nearest
+    def _nearest(self, state: Tensor, queries_PQD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return smallest(distances_between(queries_PQD, state, self.metric), k)
 
-    def _prepared(self, vectors: Tensor) -> Tensor:
-        vectors = vectors.float()
-        return torch.nn.functional.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
+    def _numbers_per_query(self, state: Tensor, k: int) -> int:
+        return state.shape[1]

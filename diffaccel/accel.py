@@ -56,6 +56,11 @@ class Accel:
                     f"write Accel({policy.slot}={name}())"
                 )
 
+        for policy in self.policies().values():
+            reason = policy.conflict(other for other in self.policies().values() if other is not policy)
+            if reason:
+                raise KnobError(f"{type(policy).__name__} does not go with this combination: {reason}")
+
     def policies(self) -> dict[str, Any]:
         """The techniques asked for, by slot."""
         found = {item.name: getattr(self, item.name) for item in fields(self) if item.name in SLOTS}

@@ -28,7 +28,7 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         return merge([tier.partial(q_BSHD, call.read) for tier in tiers if tier.count])
 
     if site.part == "cross":
-        result = read([Fixed(Entries(k_BNHD, v_BNHD, multiplicity=run.prompt_multiplicity))])
+        result = read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)])
     elif not run.causal:
         result = read([Fixed(Entries(k_BNHD, v_BNHD, site.grid.frame_of_token(site.start)))])
     else:
@@ -40,7 +40,9 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         else:
             outside = run.stored(site, memory) if answer == "reuse" else None
             if outside is None:
-                outside = run.store(site, memory, read(memory.past()))
+                outside = read(memory.past())
+                if answer != "apart":
+                    run.store(site, memory, outside)
             result = merge([outside, read([memory.block()])])
     run.close(call, keys=k_BNHD.shape[1])
     return result.out

@@ -1,20 +1,22 @@
 """What a technique is: a frozen dataclass whose fields are its knobs, answering the one question of its slot."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from .cache.tiers import Fixed
 from .errors import KnobError
 from .suggest import choose
 
 if TYPE_CHECKING:
-    from .cache import Entries, Extent, Memory
+    from .cache import Entries, Extent, Memory, Tier
     from .grid import Grid
     from .plan import Plan
     from .run import Run
+    from .selection.blocks import Chosen
     from .site import Site
 
 
@@ -58,6 +60,10 @@ class Policy(ABC):
     def why_idle(self, run: "Run") -> str:
         """Why the technique never fired in `run`, for the error that says so."""
         return "no attention call reached it"
+
+    def conflict(self, others: "Iterable[Policy]") -> str | None:
+        """Why this technique cannot run beside one of the others, or None."""
+        return None
 
     def require(self, ok: bool, rule: str, **met: Any) -> None:
         """Refuse a knob: the rule and the values that broke it."""
@@ -115,18 +121,31 @@ class PromptPolicy(Policy):
     """Slot prompt: which prompt tokens are worth reading?"""
 
     slot = "prompt"
+    engaged_by_preparing: ClassVar[bool] = True  # a collapsed prompt is what the technique was asked for
 
     @abstractmethod
     def prepare(self, text_BND: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...] | None]:
         """The prompt embeddings to use instead of (B, N, D), and their multiplicity as in `Entries`."""
+
+    def near(self, q: Tensor, prompt: "Entries", site: "Site", run: "Run") -> "Tier":
+        """What queries (B, S, H, D) of one cross-attention read of the prompt's keys."""
+        return Fixed(prompt)
 
 
 class Selector(Policy):
     """Slots window (by position) and selection (by content): what may a query read?"""
 
     @abstractmethod
-    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | None":
-        """Which of `entries` the queries (B, S, H, D) read; None for all of them."""
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | None":
+        """Which of `entries` the queries (B, S, H, D) read; None for all of them.
+
+        A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys.
+        """
+
+    def apart(self, site: "Site") -> bool:
+        """Whether this call should read past and block at work apart, as what is read of the past is kept in `notes`
+        of its entries, which stay as they are while the block is denoised."""
+        return False
 
 
 SLOTS: dict[str, type[Policy]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .cache import Entries, Extent, KVCache, Memory
+from .cache import Entries, Extent, Fixed, KVCache, Memory, Tier
 from .errors import NotEngagedError
 from .grid import Grid
 from .kernel import Partial
@@ -25,6 +25,7 @@ from .observe import Observer
 from .plan import Plan
 from .policy import CachePolicy
 from .report import Report, SlotReport, environment
+from .selection.blocks import Chosen, over_blocks
 from .site import Part, Phase, Site
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Run:
             known = (weakref.ref(text_BND), text_BND._version, *policy.prepare(text_BND))
             self._texts[branch] = known
         self.prompt_multiplicity = known[3]
-        self.fired("prompt", known[3] is not None)
+        self.fired("prompt", policy.engaged_by_preparing and known[3] is not None)
         return known[2]
 
     def site(self, layer: int, part: Part) -> Site:
@@ -214,6 +215,11 @@ class Run:
             self._device, self._dtype = q.device, q.dtype
         return self._kernels[key]
 
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tier:
+        """What one cross-attention reads of the prompt."""
+        prompt, policy = Entries(k, v, multiplicity=self.prompt_multiplicity), self.accel.prompt
+        return Fixed(prompt) if policy is None else policy.near(q, prompt, site, self)
+
     def memory(self, site: Site) -> Memory:
         key = (site.branch, site.layer)
         if key not in self._memories:
@@ -223,9 +229,11 @@ class Run:
         return self._memories[key]
 
     def reuse_answer(self, site: Site, memory: Memory) -> str:
-        if self.accel.reuse is None or not memory.count:
+        if not memory.count:
             return "together"
-        return self.accel.reuse.answer(site)
+        answer = "together" if self.accel.reuse is None else self.accel.reuse.answer(site)
+        apart = answer == "together" and any(selector.apart(site) for selector in self._selectors)
+        return "apart" if apart else answer
 
     def stored(self, site: Site, memory: Memory) -> Partial | None:
         """The partial stored for this block, unless what it was computed from has changed."""
@@ -236,9 +244,8 @@ class Run:
         self.fired("reuse")
         return partial
 
-    def store(self, site: Site, memory: Memory, partial: Partial) -> Partial:
+    def store(self, site: Site, memory: Memory, partial: Partial) -> None:
         self._stored[site.branch, site.layer] = (site.block, memory.version, partial)
-        return partial
 
     def close(self, call: "Call", keys: int) -> None:
         """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
@@ -389,16 +396,22 @@ class Call:
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""
+        kernel, scale = self.run.kernel_for(q), q.shape[-1] ** -0.5
         plan: Plan | None = None
-        if self.site.part == "self":
-            for selector in self.run._selectors:
-                found = selector.plan(q, entries, self.site)
-                if found is not None:
-                    self.run.fired(selector.slot)
-                    plan = found if plan is None else plan & found
-        found_keys = entries.count if plan is None else plan.pairs / q.shape[1]
-        self.keys_read += found_keys * q.shape[0] * q.shape[2] / self.lanes
-        return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, plan)
+        for selector in self.run._selectors if self.site.part == "self" else ():
+            found = selector.plan(q, entries, self.site)
+            if found is None:
+                continue
+            self.run.fired(selector.slot)
+            if isinstance(found, Chosen):
+                self._count(q, found.keys_read)
+                return over_blocks(kernel, self.run.accel.kernel != "auto", q, found, scale)
+            plan = found if plan is None else plan & found
+        self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
+        return over_entries(kernel, q, entries, scale, plan)
+
+    def _count(self, q: Tensor, keys: Any) -> None:
+        self.keys_read += keys * q.shape[0] * q.shape[2] / self.lanes
 
 
 def _with_seconds(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:

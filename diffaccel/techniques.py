@@ -4,8 +4,10 @@ from .cache.host import HostCache
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.tempcache import TempCache
 from .policy import Policy
+from .prompt.annca import AnnCA
 from .prompt.pad_collapse import PadCollapse
 from .reuse.flashblock import FlashBlock
+from .selection.annsa import AnnSA
 from .window.frame_window import FrameWindow
 
 TECHNIQUES: tuple[type[Policy], ...] = (
@@ -13,9 +15,21 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SinkRecent,
     RollingRebased,
     HostCache,
+    AnnSA,
     FlashBlock,
     FrameWindow,
+    AnnCA,
     PadCollapse,
 )
 
-__all__ = ["FlashBlock", "FrameWindow", "HostCache", "PadCollapse", "RollingRebased", "SinkRecent", "TempCache"]
+__all__ = [
+    "AnnCA",
+    "AnnSA",
+    "FlashBlock",
+    "FrameWindow",
+    "HostCache",
+    "PadCollapse",
+    "RollingRebased",
+    "SinkRecent",
+    "TempCache",
+]

@@ -1,11 +1,13 @@
-"""What a bounded cache costs: policies at equal memory against dense attention, on a bundled model.
+"""What a bounded cache, or reading a part of the keys, costs: techniques against dense attention, on a bundled model.
 
     python scripts/cache_quality.py --out out/cache                 # 8 prompts, 325 frames: minutes on a GPU
     python scripts/cache_quality.py --out out/cache --frames 81 --prompts 2 --only "budget 50"
+    python scripts/cache_quality.py --out out/selection --suite selection --frames 161 --returns 0
 
 Every arm starts from the same noise. PSNR and SSIM of its frames against the dense ones, the first block left out: with
 shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
-answered for (`Observer`), `memory` the share of a dense cache, at the end, that a layer held. `returns` is a task that
+answered for (`Observer`), `memory` the share of a dense cache, at the end, that a layer held, `read` the share of
+dense attention's keys that were read, steps and passes that read everything included. `returns` is a task that
 only memory can solve: clips whose sprite leaves and must come back the same (scripts/score_tiny_world.py).
 
 Results are appended to results.jsonl in --out as they come; a run that is started again skips what is there, and
@@ -29,7 +31,7 @@ from tiny_world.metrics import memory_scenes, remembers
 from tiny_world.prompts import describe
 from torch import Tensor
 
-from diffaccel import Accel, Report, SinkRecent, Site, TempCache
+from diffaccel import Accel, AnnCA, AnnSA, Report, SinkRecent, Site, TempCache
 from diffaccel.cache.merged import MergedTier, MergedTokens
 from diffaccel.kernel import Partial
 from diffaccel.pipelines.loading import load
@@ -138,6 +140,26 @@ def arms(frames: int) -> list[Arm]:
     return found
 
 
+def selections() -> list[Arm]:
+    """Arms of `--suite selection`: what is read at densities, how tokens are grouped, what means are worth."""
+    found = [
+        Arm("dense", Accel()),
+        Arm("noise floor (split kernel)", Accel(kernel="split")),
+        Arm("another seed", Accel(), seed=1000),
+    ]
+    for density in (0.1, 0.2, 0.3, 0.5):
+        for groups in ("kmeans", "hash", "place"):
+            for summaries in (True, False):
+                name = f"{groups}{'' if summaries else ', no means'}"
+                found.append(Arm(f"{density}: {name}", Accel(selection=AnnSA(density, groups, summaries))))
+    for name, knobs in (("no dense steps", {"dense_steps": 0.0}), ("clean pass too", {"clean_pass": "sparse"})):
+        found.append(Arm(f"0.3: kmeans, {name}", Accel(selection=AnnSA(0.3, **knobs))))  # type: ignore[arg-type]
+    both = Accel(selection=AnnSA(0.3), cache=TempCache(0.9))
+    found += [Arm("TempCache 0.9", Accel(cache=TempCache(0.9))), Arm("TempCache 0.9 and AnnSA 0.3", both)]
+    found += [Arm(f"AnnCA, {bits} bits", Accel(prompt=AnnCA(bits))) for bits in (0, 6, 8, 10, 12)]
+    return found
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What must agree between results of one table."""
     return {name: getattr(options, name) for name in ("model", "frames", "prompts", "returns", "dtype")}
@@ -216,6 +238,7 @@ class Bench:
             "bytes": blocks[-1]["bytes"] if blocks else 0,
             "shared": self.distance(shared),
             "free": self.distance(free),
+            "read": min([1.0, *(s.keys_read / s.keys_total for s in report.slots.values())]),
             "recall": round(sum(recall) / len(recall), 3) if recall else None,
             "drift": report.cache.get("drift"),
         }
@@ -232,8 +255,8 @@ def pooled(errors: np.ndarray) -> float:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results in Markdown."""
     kinds = "PSNR, over the training length, last block, SSIM"
-    lines = [f"| arm | memory | shared history: {kinds} | free-running | recall | returns |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [f"| arm | memory | read | shared history: {kinds} | free-running | recall | returns |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         names = ("psnr", "psnr_trained", "psnr_last_block")
         cells = [
@@ -241,12 +264,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             for kind in ("shared", "free")
         ]
         recall, returns = ("" if row.get(name) is None else f"{row[name]:.2f}" for name in ("recall", "returns"))
-        lines.append(f"| {row['arm']} | {row['memory']:.2f} | {cells[0]} | {cells[1]} | {recall} | {returns} |")
+        shares = f"{row['memory']:.2f} | {row['read']:.2f}"
+        lines.append(f"| {row['arm']} | {shares} | {cells[0]} | {cells[1]} | {recall} | {returns} |")
     return "\n".join(lines)
 
 
-def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """PSNR over memory, one line a method."""
+def curve(rows: Sequence[dict[str, Any]], path: Path, share: str) -> None:
+    """PSNR over `share`, what was kept ("memory") or read, one line a method."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -257,14 +281,16 @@ def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for row in rows:
         name = row["arm"].split(": ")[-1] if row["arm"].startswith("budget") else "TempCache, no budget"
         name = "the paper's form, no budget" if row["arm"].endswith("form") and ":" not in row["arm"] else name
-        if row["arm"].split()[0] in ("budget", "TempCache"):
+        if share == "read":
+            name = row["arm"].split(": ")[-1]
+        if row["arm"].split()[0] in ("budget", "TempCache") or share == "read":
             families.setdefault(name, []).append(row)
     for axis, kind in zip(axes, ("shared", "free"), strict=True):
         for number, (name, members) in enumerate(families.items()):
-            members = sorted(members, key=lambda row: row["memory"])
+            members = sorted(members, key=lambda row: row[share])
             style = "-o" if len(members) > 1 else "x"
             axis.plot(
-                [m["memory"] for m in members],
+                [m[share] for m in members],
                 [m[kind]["psnr"] for m in members],
                 style,
                 color=colours[number % 20],
@@ -275,7 +301,7 @@ def curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.axhline(min(row[kind]["psnr"], 60), ls=":", color="gray")
                 axis.text(0.02, min(row[kind]["psnr"], 60), row["arm"], fontsize=7)
         axis.set(
-            xlabel="share of a dense cache",
+            xlabel={"memory": "share of a dense cache", "read": "share of the keys read"}[share],
             ylabel="PSNR to dense, dB",
             title={"shared": "shared history", "free": "free-running"}[kind],
         )
@@ -292,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
+    parser.add_argument("--suite", default="cache", choices=("cache", "selection"))
     parser.add_argument("--only", default="", help="arms whose name holds this text")
     parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
@@ -304,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row["settings"] != settings(options):
             print(f"{results} holds results of {row['settings']}; name another --out", file=sys.stderr)
             return 2
-    wanted = [arm for arm in arms(1 + (options.frames - 1) // 4) if options.only in arm.name][share - 1 :: shares]
+    every = arms(1 + (options.frames - 1) // 4) if options.suite == "cache" else selections()
+    wanted = [arm for arm in every if options.only in arm.name][share - 1 :: shares]
     missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
     bench = Bench(options) if missing else None
     for arm in missing:
@@ -314,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
     (options.out / "table.md").write_text(table(rows) + "\n")
-    curve(rows, options.out / "curve.png")
+    curve(rows, options.out / "curve.png", "memory" if options.suite == "cache" else "read")
     print(table(rows))
     return 0
 

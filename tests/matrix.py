@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from diffaccel import Accel, FlashBlock, FrameWindow, HostCache, PadCollapse, RollingRebased, SinkRecent, TempCache
+from diffaccel import (
+    Accel,
+    AnnCA,
+    AnnSA,
+    FlashBlock,
+    FrameWindow,
+    HostCache,
+    PadCollapse,
+    RollingRebased,
+    SinkRecent,
+    TempCache,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,18 @@ MATRIX = [
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),
+    Row(Accel(selection=AnnSA(density=1.0)), Accel(selection=AnnSA(density=0.3, dense_steps=0))),
+    Row(
+        Accel(selection=AnnSA(density=1.0), cache=TempCache(threshold=None), reuse=FlashBlock(refresh=1)),
+        Accel(
+            selection=AnnSA(0.3, groups="hash", dense_steps=0, summaries=False, clean_pass="sparse"),
+            cache=TempCache(threshold=0.5),
+            reuse=FlashBlock(refresh=2),
+        ),
+    ),
     Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),
     Row(Accel(prompt=PadCollapse()), None, bits=False),
+    Row(Accel(prompt=AnnCA(bits=0)), Accel(prompt=AnnCA(bits=12, tables=1)), bits=False),
     Row(
         Accel(
             cache=TempCache(threshold=None),

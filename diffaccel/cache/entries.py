@@ -20,6 +20,7 @@ class Entries:
     `frames` is the latent frame of each entry, (N,) int64 on the host, None for prompt tokens. `multiplicity` says
     how many tokens each entry stands for, as consecutive groups ((entries, tokens each), ...): a score gets
     log(tokens each) added, which makes attention over identical keys exact (FAST-AR, Lemma 5.1). None: one each.
+    `at_work` says that these are keys of the block at work, which change from step to step.
     `notes` is for what a reader would work out again at every read of entries that stay as they are.
     """
 
@@ -28,6 +29,7 @@ class Entries:
     frames: Tensor | None = None
     multiplicity: tuple[tuple[int, int], ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
+    at_work: bool = False
 
     @property
     def count(self) -> int:

@@ -3,8 +3,8 @@
 Policies move entries between tiers when a block is finished; moving to nothing is eviction.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,28 @@ class Fixed:
         return [] if self.entries.frames is None else [self.entries.frames]
 
 
+@dataclass(frozen=True, eq=False)
+class Each:
+    """Entries of each video of a batch, which differ in number, so each is read alone."""
+
+    rows: list[Entries]
+
+    @property
+    def count(self) -> int:
+        return max(row.count for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def partial(self, q: Tensor, read: Reader) -> Partial:
+        parts = [read(own, row) for own, row in zip(q.split(1), self.rows, strict=True)]
+        return Partial(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+    def frames(self) -> list[Tensor]:
+        return [row.frames for row in self.rows if row.frames is not None]
+
+
 class ExactTier:
     """Finished blocks, token for token, in one buffer with room behind them for the block at work.
 
@@ -62,6 +84,7 @@ class ExactTier:
         self._k = self._v = torch.empty(0)
         self._frames = torch.empty(0, dtype=torch.int64)
         self._count = self._placed = 0
+        self._notes: dict[Any, Any] = {}  # of the past, as long as it stays as it is
 
     @property
     def count(self) -> int:
@@ -82,13 +105,13 @@ class ExactTier:
 
     def keep_placed(self) -> None:
         """The block at work is finished: it becomes part of the past."""
-        self._count = self._placed
+        self._count, self._notes = self._placed, {}
 
     def past(self) -> Fixed:
-        return Fixed(self._view(0, self._count))
+        return Fixed(replace(self._view(0, self._count), notes=self._notes))
 
     def block(self) -> Fixed:
-        return Fixed(self._view(self._count, self._placed))
+        return Fixed(replace(self._view(self._count, self._placed), at_work=True))
 
     def past_and_block(self) -> Fixed:
         return Fixed(self._view(0, self._placed))
@@ -104,6 +127,7 @@ class ExactTier:
             later = buffer[end : self._count]
             buffer[start:left] = later if len(later) <= end - start else later.clone()  # where they overlap
         self._count = self._placed = left
+        self._notes = {}
 
     def _view(self, start: int, end: int) -> Entries:
         return Entries(self._k[:, start:end], self._v[:, start:end], self._frames[start:end])

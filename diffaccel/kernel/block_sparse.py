@@ -1,0 +1,209 @@
+"""Attention in which each block of queries reads its own list of key blocks, head by head.
+
+A fused kernel reads the listed blocks where they lie. `written_out` defines what it computes, and runs where there is
+no GPU. `gathered` is the other way: it copies the listed blocks together and leaves them to a dense kernel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import KernelError, KnobError
+from .merge import HAS_TRITON, Partial, nothing
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Which blocks of keys each block of queries reads, head by head.
+
+    Block i of the keys covers keys [i * key_block, (i + 1) * key_block), and so for queries; the last may be shorter.
+    A list names a block once at most, in any order; ascending lists let programs that run together share what they
+    load.
+    """
+
+    lists: Tensor  # (B, H, QB, M) int32 ids of key blocks; those past `counts` are ignored
+    counts: Tensor  # (B, H, QB) int32
+    query_block: int
+    key_block: int
+
+    def __post_init__(self) -> None:
+        if self.lists.shape[:-1] != self.counts.shape or self.lists.ndim != 4:
+            raise KnobError(
+                f"lists are (batch, heads, query blocks, most) and counts the same without most, got "
+                f"{tuple(self.lists.shape)} and {tuple(self.counts.shape)}"
+            )
+        if self.lists.dtype != torch.int32 or self.counts.dtype != torch.int32:
+            raise KnobError(f"lists and counts are int32, got {self.lists.dtype} and {self.counts.dtype}")
+        if self.query_block < 1 or self.key_block < 1:
+            raise KnobError(f"blocks hold one token at least, got {self.query_block} and {self.key_block}")
+
+    def listed(self, key_blocks: int) -> Tensor:
+        """Which of `key_blocks` blocks each list names, bool (B, H, QB, NB)."""
+        past = torch.arange(self.lists.shape[-1], device=self.lists.device) >= self.counts[..., None]
+        ids = self.lists.masked_fill(past, key_blocks).long()  # those past the end mark one block too many
+        found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=ids.device)
+        return found.scatter_(-1, ids, True)[..., :-1]
+
+
+class Summary(NamedTuple):
+    """One key for each block of keys, read in place of those blocks that a list does not name."""
+
+    k: Tensor  # (B, NB, H, D) mean keys, in the keys' dtype
+    v: Tensor  # (B, NB, H, D) mean values
+    log_count: Tensor  # (B, H, NB) fp32, added to the score of the mean key
+
+
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockLists,
+    *,
+    scale: float,
+    order: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    summary: Summary | None = None,
+) -> Partial:
+    """Softmax attention of (B, S, H, D) queries to the listed ones of (B, N, H, D) keys, and its log-sum-exp.
+
+    Channels are contiguous, the other strides are free. `order` (B, H, S) permutes the queries of each head before
+    they are cut into blocks: place i holds query order[b, h, i], and its result returns to that query's place.
+    `log_weight` fp32 (B, H, N) is added to every score of its key. With a `summary`, blocks outside a list count as
+    one key each. Queries that read nothing: out = 0, lse = -inf.
+    """
+    _check(q, k, v, blocks, scale, order)
+    if 0 in (q.numel(), k.numel()):
+        return nothing(q)
+    if q.is_cuda and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 256:
+        from . import fused_block_sparse
+
+        return Partial(*fused_block_sparse.attend(q, k, v, blocks, scale, order, log_weight, summary))
+    return written_out(q, k, v, blocks, scale=scale, order=order, log_weight=log_weight, summary=summary)
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockLists,
+    *,
+    scale: float,
+    order: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    summary: Summary | None = None,
+) -> Partial:
+    """`block_sparse` in eager fp32 (fp64 for fp64 inputs), every score written out."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries, keys = q.shape[1], k.shape[1]
+    query, key, value = (x.transpose(1, 2).to(wide) for x in (q, k, v))
+    place = None if order is None else order.long()[..., None].expand(query.shape)
+    if place is not None:
+        query = query.gather(2, place)
+    listed = blocks.listed(-(-keys // blocks.key_block)).repeat_interleave(blocks.query_block, 2)[:, :, :queries]
+    scores = query @ key.mT * scale
+    if log_weight is not None:
+        scores += log_weight[:, :, None]
+    scores.masked_fill_(~listed.repeat_interleave(blocks.key_block, 3)[..., :keys], -torch.inf)
+    if summary is not None:
+        k_mean, v_mean = (x.transpose(1, 2).to(wide) for x in summary[:2])
+        means = query @ k_mean.mT * scale + summary.log_count[:, :, None]
+        scores = torch.cat([scores, means.masked_fill(listed, -torch.inf)], 3)
+        value = torch.cat([value, v_mean], 2)
+    lse = torch.logsumexp(scores, -1)
+    out = torch.exp(scores - lse.clamp(min=torch.finfo(wide).min)[..., None]) @ value
+    if place is not None:
+        lse = torch.empty_like(lse).scatter_(2, place[..., 0], lse)
+        out = torch.empty_like(out).scatter_(2, place, out)
+    return Partial(out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2).float())
+
+
+def gathered(
+    dense: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockLists,
+    *,
+    scale: float,
+    order: Tensor | None = None,
+    at_once: int = 64,
+) -> Partial:
+    """`block_sparse` by a `dense` kernel over copies of the listed blocks, `at_once` lists a call.
+
+    That bounds the copies to 2 x at_once x M x key_block x D numbers. All lists must have M entries: a dense kernel
+    masks nothing, and `counts` are not read. Where the last block of keys is short it is filled up with zeros, whose
+    part in the result, exp(0) each in the denominator, is taken out again; that costs digits where the real scores
+    are all far below zero.
+    """
+    _check(q, k, v, blocks, scale, order)
+    batch, queries, heads, dim = q.shape
+    most, key_block, query_block = blocks.lists.shape[-1], blocks.key_block, blocks.query_block
+    if 0 in (q.numel(), k.numel(), most):
+        return nothing(q)
+    key_blocks = -(-k.shape[1] // key_block)
+    filled = key_blocks * key_block - k.shape[1]
+    k, v = (_head_major(x, filled).view(-1, key_block * dim) for x in (k, v))
+    head = torch.arange(batch * heads, device=q.device)[:, None, None]
+    lists = (blocks.lists.flatten(0, 1) + head * key_blocks).flatten(0, 1)
+    zeros = filled * (blocks.lists == key_blocks - 1).any(-1).flatten() if filled else None
+    places = _places(blocks, batch, queries, heads, order, q.device)
+    rows = q.reshape(-1, dim)
+    out = torch.empty_like(rows)
+    lse = torch.empty(len(rows), dtype=torch.float32, device=q.device)
+    for now in _slices(len(lists), at_once):
+        place, these = places[now].flatten(), lists[now].flatten()
+        copies = [x.index_select(0, these).view(-1, most * key_block, 1, dim) for x in (k, v)]
+        part = dense.partial(rows.index_select(0, place).view(-1, query_block, 1, dim), *copies, scale=scale)
+        if zeros is not None:
+            share = zeros[now, None, None] * torch.exp(-part.lse)
+            part = Partial((part.out / (1 - share)[..., None]).to(q.dtype), part.lse + torch.log1p(-share))
+        out.index_copy_(0, place, part.out.reshape(-1, dim))
+        lse.index_copy_(0, place, part.lse.reshape(-1))
+    return Partial(out.view(q.shape), lse.view(q.shape[:-1]))
+
+
+def _head_major(x: Tensor, more: int) -> Tensor:
+    """(B, N, H, D) as contiguous (B, H, N + more, D), zeros behind; a copy that lies so already is taken as it is."""
+    x = x.transpose(1, 2)
+    return pad(x, (0, 0, 0, more)) if more else x.contiguous()
+
+
+def _places(
+    blocks: BlockLists, batch: int, queries: int, heads: int, order: Tensor | None, device: torch.device
+) -> Tensor:
+    """Where among (B * S * H) rows the queries of each block lie, (B * H * QB, query_block) int64.
+
+    A short last block is filled up with its last query: computed more than once, the same each time.
+    """
+    place = torch.arange(blocks.counts.shape[-1] * blocks.query_block, device=device).clamp(max=queries - 1)
+    row = place.expand(batch, heads, -1) if order is None else order.long()[..., place]
+    b = torch.arange(batch, device=device)[:, None, None]
+    h = torch.arange(heads, device=device)[:, None]
+    return ((b * queries + row) * heads + h).reshape(-1, blocks.query_block)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockLists, scale: float, order: Tensor | None) -> None:
+    batch, queries, heads, _ = q.shape
+    wanted = (batch, heads, -(-queries // blocks.query_block))
+    if tuple(blocks.counts.shape) != wanted:
+        raise KernelError(
+            f"{queries} queries in blocks of {blocks.query_block}, {batch} rows and {heads} heads need lists for "
+            f"{wanted}, got {tuple(blocks.counts.shape)}"
+        )
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise KernelError("the channels of queries, keys and values must be contiguous")
+    if k.shape[2] != heads:
+        raise KernelError(f"keys have {k.shape[2]} heads, queries {heads}: expand them first")
+    if scale <= 0:
+        raise KernelError(f"the scale must be positive, got {scale}")
+    if order is not None and tuple(order.shape) != (batch, heads, queries):
+        raise KernelError(f"the order of the queries must be {(batch, heads, queries)}, got {tuple(order.shape)}")

@@ -1,0 +1,121 @@
+"""AnnSA: queries read the keys near them (FAST-AR, arXiv 2602.01801, section 5.4)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..cache.host import HostCache
+from ..policy import Policy, Selector, knob
+from ..site import Site
+from .blocks import Chosen, KeyBlocks, block_for
+
+if TYPE_CHECKING:
+    from ..cache.entries import Entries
+    from ..run import Run
+
+
+@dataclass(frozen=True)
+class AnnSA(Selector):
+    """Sort queries and keys into buckets of near ones, and let each bucket of queries read the keys that matter to it.
+
+    The paper lets a query read the keys that share its bucket. Here buckets are blocks of equal size, as many of which
+    are read as `density` says, best first: so what is read is known beforehand, and no bucket is empty or everything.
+    Which are best is estimated from the blocks' means and variances, for means of near queries (`blocks.py`).
+
+    With `summaries`, ours, blocks that are not read count as one key each: their mean key and mean value, log(tokens)
+    added to the score. On the bundled model's own queries and keys that makes the error four times smaller at equal
+    density, for one more key a block (samples/RESULTS.md).
+
+    In block-by-block generation only the past is chosen from; the block at work is always read. The past is sorted once
+    a block, for all its steps, which costs a sorted copy of its keys and values. The first `dense_steps` of the steps,
+    which lay the video out, read everything, and so does the clean pass, whose error would stay in the cache.
+    """
+
+    slot: ClassVar[str] = "selection"
+    paper: ClassVar[str] = "FAST-AR, arXiv 2602.01801, section 5.4"
+    summary: ClassVar[str] = "lets near queries read the keys near them, and a mean in place of the rest"
+    exact: ClassVar[dict[str, Any]] = {"density": 1.0}
+
+    density: float = knob(0.3, "share of the keys a query reads where it chooses, in (0, 1]")
+    groups: str = knob(
+        "kmeans",
+        'what makes tokens near: clusters ("kmeans"), signs of projections, cheaper ("hash"), or their place in the '
+        'frame, which costs no sorting ("place")',
+        choices=("kmeans", "hash", "place"),
+    )
+    summaries: bool = knob(True, "read the mean of a block in place of a block that is not read")
+    dense_steps: float = knob(0.3, "share of the denoising steps, the first ones, that read everything, in [0, 1)")
+    clean_pass: str = knob("dense", "whether the pass that writes the cache chooses too", choices=("dense", "sparse"))
+    sink_frames: int = knob(1, "first latent frames of the video that every query reads")
+    recent_frames: int = knob(0, "newest latent frames of the past that every query reads")
+    layers: tuple[int, ...] | None = knob(None, "layers that choose, counted from 0; None: all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.density <= 1, "density is a share in (0, 1]", density=self.density)
+        self.require(0 <= self.dense_steps < 1, "dense_steps is a share in [0, 1)", dense_steps=self.dense_steps)
+        self.require(
+            self.layers is None or (len(self.layers) > 0 and min(self.layers) >= 0),
+            "layers are numbers of layers >= 0, at least one, or None for all",
+            layers=self.layers,
+        )
+        self.require(isinstance(self.summaries, bool), "summaries is True or False", summaries=self.summaries)
+        self.require_frames("sink_frames")
+        self.require_frames("recent_frames")
+
+    def conflict(self, others: "Iterable[Policy]") -> str | None:
+        for other in others:
+            if other.slot == "window":
+                return "which keys are near is found among all of them: leave the window out, or lower density instead"
+            if other.slot == "cache" and (isinstance(other, HostCache) or getattr(other, "hold", "device") == "host"):
+                return "it keeps a sorted copy of the past on the device, which the cache is to keep out of there"
+        return None
+
+    def apart(self, site: Site) -> bool:
+        """Whether this call chooses; then past and block at work are read apart."""
+        if self.is_exact or (self.layers is not None and site.layer not in self.layers):
+            return False
+        if site.phase == "clean":
+            return self.clean_pass == "sparse"
+        return site.step >= ceil(self.dense_steps * site.steps)
+
+    def plan(self, q: Tensor, entries: "Entries", site: Site) -> Chosen | None:
+        """What is read of `entries`; None for all: the block at work, and a past too short to choose from."""
+        if entries.at_work or not self.apart(site):
+            return None
+        if self not in entries.notes:
+            entries.notes[self] = self._sorted(entries, site)
+        keys = entries.notes[self]
+        if keys is None:
+            return None
+        always = entries.count - keys.choices * keys.block
+        take = min(keys.choices, max(1, round((self.density * entries.count - always) / keys.block)))
+        if take == keys.choices:
+            return None
+        return keys.choose(q, take, self.groups, q.shape[-1] ** -0.5, self.summaries)
+
+    def _sorted(self, entries: "Entries", site: Site) -> KeyBlocks | None:
+        always = torch.zeros(entries.count, dtype=torch.bool)
+        if entries.frames is not None:
+            always |= entries.frames < self.sink_frames
+            always |= (entries.frames >= site.start - self.recent_frames) & (entries.frames < site.start)
+        free = int((~always).sum())
+        block = block_for(int(self.density * free), 24)
+        return None if free < 2 * block else KeyBlocks.of(entries, always, block, self.groups)
+
+    def why_idle(self, run: "Run") -> str:
+        if self.layers is not None and run.extent is not None and min(self.layers) >= run.extent.layers:
+            return f"the model has {run.extent.layers} layers, and layers={self.layers} names none of them"
+        first = ceil(self.dense_steps * run.steps)
+        if first >= run.steps:
+            return (
+                f"dense_steps={self.dense_steps} reads everything in the first {first} of {run.steps} steps: lower it"
+            )
+        return (
+            "no past was ever long enough to choose from (two blocks of 8 tokens beside sink_frames and "
+            f"recent_frames, of which density={self.density} must leave some out): generate more frames"
+        )

@@ -1,0 +1,268 @@
+"""AnnSA reads as many keys as asked, the right ones, and means of the rest; AnnCA drops prompt tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import assert_within, attention64
+
+from diffaccel import (
+    Accel,
+    AnnCA,
+    AnnSA,
+    FrameWindow,
+    Grid,
+    HostCache,
+    KernelError,
+    KnobError,
+    PadCollapse,
+    Site,
+    TempCache,
+)
+from diffaccel.cache import Entries
+from diffaccel.kernel import KERNELS
+from diffaccel.kernel.weighted import over_entries
+from diffaccel.selection.blocks import KeyBlocks, block_for, over_blocks
+
+T, HEADS, DIM, SCALE = 24, 2, 16, 0.25
+F32 = torch.float32
+
+
+def site(start=30, step=3, phase="denoise", layer=0):
+    return Site(layer, "self", step, 4, start // 2, start, phase, "cond", Grid(2, 4, 6))
+
+
+def past(frames=30, clusters=None, multiplicity=None):
+    """Keys of `frames` frames, around so many centres if given; values tell keys apart."""
+    n = frames * T
+    k = torch.randn(2, n, HEADS, DIM)
+    if clusters:
+        centres = 4 * torch.randn(clusters, HEADS, DIM)
+        k = centres[torch.randint(clusters, (2, n))] + 0.1 * k
+    return Entries(k, torch.randn(2, n, HEADS, DIM), torch.arange(frames).repeat_interleave(T), multiplicity)
+
+
+def queries_near(entries, count=96):
+    picks = torch.randint(entries.count, (count,))
+    return entries.k[:, picks] + 0.1 * torch.randn(2, count, HEADS, DIM)
+
+
+def choose(policy, q, entries, where=None):
+    return policy.plan(q, entries, where or site())
+
+
+@pytest.mark.parametrize("groups", ["kmeans", "hash", "place"])
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("frames", [30, 61])
+def test_density_is_met_and_every_key_is_there_once(groups, density, frames):
+    entries, q = past(frames), torch.randn(2, 45, HEADS, DIM)
+    chosen = choose(AnnSA(density, groups=groups, summaries=False), q, entries, site(start=frames))
+    assert chosen.keys_read == pytest.approx(density * entries.count, rel=0.1)
+    listed = chosen.blocks.listed(-(-entries.count // chosen.blocks.key_block))
+    sizes = torch.full((listed.shape[-1],), float(chosen.blocks.key_block))
+    sizes[-1] = entries.count - chosen.blocks.key_block * (len(sizes) - 1)
+    assert ((listed * sizes).sum(-1) == chosen.keys_read).all()
+    for found, given in ((chosen.k, entries.k), (chosen.v, entries.v)):
+        order = [x.transpose(1, 2).double().sum(-1).sort(-1).values for x in (found, given)]
+        assert torch.equal(*order)
+    if groups != "place":
+        assert torch.equal(chosen.order.sort(-1).values, torch.arange(45).expand(2, HEADS, -1))
+
+
+@pytest.mark.parametrize("groups", ["kmeans", "hash", "place"])
+@pytest.mark.parametrize("multiplicity", [None, ((300, 1), (120, 3), (300, 9))])
+def test_what_is_chosen_is_attention_over_the_listed_keys_with_their_weights(groups, multiplicity):
+    entries, q = past(multiplicity=multiplicity), torch.randn(2, 45, HEADS, DIM)
+    chosen = choose(AnnSA(0.4, groups=groups, summaries=False), q, entries)
+    found = over_blocks(KERNELS["sdpa"], False, q, chosen, SCALE)
+    listed = chosen.blocks.listed(-(-entries.count // chosen.blocks.key_block))
+    order = torch.arange(45).expand(2, HEADS, -1) if chosen.order is None else chosen.order
+    for b in range(2):
+        for h in range(HEADS):
+            for place in range(45):
+                rows = listed[b, h, place // chosen.blocks.query_block].repeat_interleave(chosen.blocks.key_block)[
+                    : entries.count
+                ]
+                k, v = (x[b : b + 1, rows, h : h + 1] for x in (chosen.k, chosen.v))
+                weight = None if chosen.log_weight is None else chosen.log_weight[b, h, rows]
+                at = int(order[b, h, place])
+                out, lse = attention64(q[b : b + 1, at : at + 1, h : h + 1], k, v, scale=SCALE, log_weight=weight)
+                assert_within(found.out[b, at, h], out[0, 0, 0], F32, inputs=4)
+                assert_within(found.lse[b, at, h], lse[0, 0, 0], F32)
+
+
+def recall(chosen, q, entries):
+    """Share of the attention mass of all entries that the chosen ones hold, each head and query."""
+    part = over_blocks(KERNELS["sdpa"], False, q, chosen, SCALE)
+    return (part.lse - over_entries(KERNELS["reference"], q, entries, SCALE, None).lse).exp()
+
+
+@pytest.mark.parametrize("groups", ["kmeans", "hash"])
+def test_near_keys_are_found_wherever_they_lie(groups):
+    entries = past(clusters=12)
+    q = queries_near(entries)
+    found = recall(choose(AnnSA(0.3, groups=groups, summaries=False), q, entries), q, entries)
+    scattered = recall(choose(AnnSA(0.3, groups="place", summaries=False), q, entries), q, entries)
+    assert found.mean() > 0.95
+    assert scattered.mean() < 0.7  # keys of one cluster lie everywhere
+
+
+def test_blocks_are_chosen_nearly_as_well_as_by_their_true_mass():
+    entries, q = past(clusters=40), torch.randn(2, 64, HEADS, DIM) * 2
+    chosen = choose(AnnSA(0.3, summaries=False, sink_frames=0), q, entries)
+    rows = q.transpose(1, 2).gather(2, chosen.order[..., None].expand(-1, -1, -1, DIM))
+    mass = (rows @ chosen.k.transpose(1, 2).mT * SCALE).softmax(-1)
+    mass = mass.unflatten(-1, (-1, chosen.blocks.key_block)).sum(-1)
+    mass = mass.unflatten(2, (-1, chosen.blocks.query_block)).mean(3)
+    best = mass.topk(chosen.blocks.lists.shape[-1], -1).values.sum(-1).mean()
+    assert recall(chosen, q, entries).mean() > best - 0.05
+
+
+def test_a_block_of_identical_keys_is_read_exactly_by_its_mean():
+    base = torch.randn(2, 30, HEADS, DIM)
+    k = base.repeat_interleave(T, 1)  # a frame of one key each
+    entries = Entries(k, torch.randn(2, 30, HEADS, DIM).repeat_interleave(T, 1), torch.arange(30).repeat_interleave(T))
+    q = torch.randn(2, 40, HEADS, DIM)
+    policy = AnnSA(0.2, groups="place", sink_frames=0)
+    chosen = choose(policy, q, entries)
+    assert T % chosen.blocks.key_block == 0
+    found = over_blocks(KERNELS["sdpa"], False, q, chosen, SCALE)
+    out, lse = attention64(q, entries.k, entries.v, scale=SCALE)
+    assert_within(found.out, out, F32, inputs=8)
+    assert_within(found.lse, lse, F32)
+    without = over_blocks(
+        KERNELS["sdpa"], False, q, choose(AnnSA(0.2, groups="place", summaries=False), q, entries), SCALE
+    )
+    assert (without.lse - lse).abs().max() > 0.1
+
+
+def test_means_weigh_entries_by_the_tokens_they_stand_for():
+    blocks = KeyBlocks.of(past(2, multiplicity=((24, 1), (24, 5))), torch.zeros(48, dtype=torch.bool), 48, "place")
+    k = blocks.k.double()
+    expected = (k[:, :, :24].sum(2) + 5 * k[:, :, 24:].sum(2)) / (24 * 6)
+    torch.testing.assert_close(blocks.mean_k[:, :, 0].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(blocks.log_count.exp(), torch.full((2, HEADS, 1), 24.0 * 6))
+
+
+def test_sink_and_recent_frames_are_in_every_list():
+    entries, q = past(), torch.randn(2, 40, HEADS, DIM)
+    chosen = choose(AnnSA(0.3, sink_frames=1, recent_frames=2), q, entries)
+    whole, behind = chosen.k[:, -3 * T :], torch.cat([entries.k[:, :T], entries.k[:, -2 * T :]], 1)
+    assert torch.equal(whole, behind)
+    first = (entries.count - 3 * T) // chosen.blocks.key_block
+    last = -(-entries.count // chosen.blocks.key_block)
+    assert chosen.blocks.listed(last)[..., first:].all()
+
+
+def test_where_it_does_not_choose():
+    policy, q = AnnSA(0.3, layers=(1,)), torch.randn(2, 40, HEADS, DIM)
+    assert policy.plan(q, past(), site(layer=0)) is None
+    assert policy.plan(q, past(), site(layer=1)) is not None
+    assert policy.plan(q, past(), site(layer=1, step=1)) is None  # of 4 steps the first 2 read everything
+    assert policy.plan(q, past(), site(layer=1, step=4, phase="clean")) is None
+    assert policy.plan(q, past(frames=1), site(layer=1)) is None
+    at_work = Entries(*(torch.randn(2, 720, HEADS, DIM) for _ in range(2)), at_work=True)
+    assert policy.plan(q, at_work, site(layer=1)) is None
+
+
+def test_the_past_is_sorted_once_and_again_when_it_changes():
+    from diffaccel.cache import Memory
+
+    memory, policy = Memory(), AnnSA(0.3)
+    for block in range(15):
+        k = torch.randn(1, 2 * T, HEADS, DIM)
+        memory.place(k, k, site(start=2 * block))
+        memory.finish_block(2 * T)
+    q = torch.randn(1, 40, HEADS, DIM)
+    first, second = (policy.plan(q, memory.past()[0].entries, site()) for _ in range(2))
+    assert first.k.data_ptr() == second.k.data_ptr()
+    memory.place(k, k, site())
+    memory.finish_block(2 * T)
+    third = policy.plan(q, memory.past()[0].entries, site(start=32))
+    assert third.k.shape[1] == first.k.shape[1] + 2 * T
+
+
+@pytest.mark.parametrize(("tokens", "least", "block"), [(4680, 12, 128), (192, 12, 16), (39, 24, 8), (1, 24, 8)])
+def test_blocks_grow_with_what_they_divide(tokens, least, block):
+    assert block_for(tokens, least) == block
+
+
+def test_a_kernel_that_was_asked_for_reads_copies_or_refuses():
+    entries, q = past(), torch.randn(2, 48, HEADS, DIM)
+    plain = choose(AnnSA(0.3, summaries=False), q, entries)
+    parts = [
+        over_blocks(KERNELS[name], asked, q, plain, SCALE)
+        for name, asked in (("sdpa", True), ("reference", True), ("sdpa", False))
+    ]
+    for part in parts[1:]:
+        assert_within(part.out, parts[0].out.double(), F32, inputs=4)
+        assert_within(part.lse, parts[0].lse.double(), F32)
+    with pytest.raises(KernelError, match="summaries=False"):
+        over_blocks(KERNELS["sdpa"], True, q, choose(AnnSA(0.3), q, entries), SCALE)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"window": FrameWindow(3)}, "leave the window out"),
+        ({"cache": HostCache()}, "sorted copy"),
+        ({"cache": TempCache(0.9, hold="host")}, "sorted copy"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(others, message):
+    with pytest.raises(KnobError, match=f"AnnSA.*{message}"):
+        Accel(selection=AnnSA(), **others)
+
+
+# -- AnnCA -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_run(causal=True):
+    scratch, fired = {}, []
+    return SimpleNamespace(scratch=lambda *_: scratch, fired=lambda slot: fired.append(slot), causal=causal), fired
+
+
+def test_prompt_tokens_stay_that_share_a_bucket_with_a_query_and_the_padding_does():
+    k, v = torch.randn(2, 16, HEADS, DIM), torch.randn(2, 16, HEADS, DIM)
+    k[1, 12:] = k[1, -1]  # the shorter prompt of the batch has padding of its own
+    q = torch.randn(2, 30, HEADS, DIM) + 3
+    run, fired = prompt_run()
+    prompt = Entries(k, v, multiplicity=((15, 1), (1, 500)))
+    tables, bits = 2, 6
+    rows = AnnCA(bits=bits, tables=tables).near(q, prompt, site(), run).rows
+    assert fired == ["prompt"]
+    planes = torch.randn(DIM, tables * bits, generator=torch.Generator().manual_seed(0))
+    for b, (row, padding) in enumerate(zip(rows, ({15}, {12, 13, 14, 15}), strict=True)):
+        mean = k[b, sorted(set(range(16)) - padding)].mean(0)
+        shares = set(padding)
+        for h in range(HEADS):
+            asked, there = (
+                (x @ planes > 0).int().tolist() for x in (q[b, :, h] - q[b, :, h].mean(0), k[b, :, h] - mean[h])
+            )
+            for t in range(tables):
+                part = slice(t * bits, (t + 1) * bits)
+                buckets = {tuple(code[part]) for code in asked}
+                shares |= {n for n, code in enumerate(there) if tuple(code[part]) in buckets}
+        assert {15} < shares < set(range(16))
+        assert torch.equal(row.k[0], k[b, sorted(shares)])
+        assert torch.equal(row.v[0], v[b, sorted(shares)])
+        assert row.multiplicity == tuple((1, 500 if n == 15 else 1) for n in sorted(shares))
+
+
+def test_what_is_near_is_worked_out_once_a_block():
+    run, _ = prompt_run()
+    prompt, policy = Entries(*(torch.randn(1, 20, HEADS, DIM) for _ in range(2))), AnnCA(bits=10, tables=1)
+    reads = [policy.near(torch.randn(1, 9, HEADS, DIM), prompt, site(start=start), run) for start in (2, 2, 4)]
+    same = [
+        torch.equal(reads[0].rows[0].k, other.rows[0].k) if other.count == reads[0].count else False
+        for other in reads[1:]
+    ]
+    assert same == [True, False]
+
+
+def test_no_bits_drop_nothing():
+    prompt = Entries(*(torch.randn(1, 20, HEADS, DIM) for _ in range(2)))
+    tier = AnnCA(bits=0).near(torch.randn(1, 9, HEADS, DIM), prompt, site(), prompt_run()[0])
+    assert tier.entries is prompt
+    assert isinstance(AnnCA(), PadCollapse)

@@ -1,0 +1,280 @@
+"""Attention by lists of key blocks: what it means, and that every way to compute it computes that."""
+
+from functools import partial
+
+import pytest
+import torch
+from oracle import assert_within
+
+from diffaccel import KernelError, KnobError
+from diffaccel.kernel import KERNELS
+from diffaccel.kernel.block_sparse import BlockLists, Summary, block_sparse, gathered, written_out
+from diffaccel.kernel.merge import HAS_TRITON
+
+if HAS_TRITON:
+    from diffaccel.kernel.fused_block_sparse import CANDIDATES, Config, attend, configured
+
+SCALE = 0.3
+
+
+class Case:
+    """Random tensors and lists of some shape, and the parts of the contract that they use."""
+
+    def __init__(
+        self, b=1, s=40, n=77, h=2, d=64, query_block=16, key_block=16, lists="random", parts=(), dtype=torch.float32,
+        device="cpu",
+    ):  # fmt: skip
+        self.q = torch.randn(b, s, h, d).to(device, dtype)
+        # keys and values as a cache holds them: a part of larger buffers, heads inside or outside; the rest is poison
+        self.k = torch.full((b, n + 3, h, d + 32), torch.nan)[:, 2:-1, :, :d].copy_(torch.randn(b, n, h, d))
+        self.v = torch.full((b, h, n + 5, d + 32), torch.nan)[:, :, 1:-4, :d].copy_(torch.randn(b, h, n, d))
+        self.k, self.v = self._placed(self.k, device, dtype), self._placed(self.v, device, dtype).transpose(1, 2)
+        query_blocks, key_blocks = -(-s // query_block), -(-n // key_block)
+        ids = torch.rand(b, h, query_blocks, key_blocks).argsort(-1)  # every block once, in a random order
+        if lists == "full":
+            counts = torch.full((b, h, query_blocks), key_blocks)
+        elif lists == "equal":
+            ids = ids[..., : max(1, key_blocks // 2)]
+            counts = torch.full((b, h, query_blocks), ids.shape[-1])
+        else:
+            counts = torch.randint(0, key_blocks + 1, (b, h, query_blocks))
+            counts[:, 0, 0] = 0
+        past = torch.arange(ids.shape[-1]) >= counts[..., None]
+        ids = ids.masked_fill(past, 10**6)  # to follow an entry past the end is an error
+        self.blocks = BlockLists(ids.int().to(device), counts.int().to(device), query_block, key_block)
+        self.options = {}
+        if "order" in parts:
+            self.options["order"] = torch.rand(b, h, s).argsort(-1).to(device)
+        if "weight" in parts:
+            self.options["log_weight"] = torch.randint(1, 9, (b, h, n)).float().log().to(device)
+        if "summary" in parts:
+            means = [torch.randn(b, key_blocks, h, d).to(device, dtype) for _ in range(2)]
+            self.options["summary"] = Summary(*means, 3 * torch.rand(b, h, key_blocks).to(device))
+
+    @staticmethod
+    def _placed(part, device, dtype):
+        """The same part of the same buffer elsewhere."""
+        whole = part._base.to(device, dtype)
+        return whole.as_strided(part.shape, part.stride(), part.storage_offset())
+
+    @property
+    def largest(self):
+        """Of the values that a result averages."""
+        values = [self.v, self.options["summary"].v] if "summary" in self.options else [self.v]
+        return max(float(x.abs().max()) for x in values)
+
+    def exact(self):
+        """fp64, one query at a time, from the words of the contract."""
+        q, k, v = (x.double().cpu() for x in (self.q, self.k, self.v))
+        lists, counts = self.blocks.lists.cpu(), self.blocks.counts.cpu()
+        out, lse = torch.zeros(q.shape).double(), torch.full(q.shape[:-1], -torch.inf).double()
+        batch, queries, heads, _ = q.shape
+        size = self.blocks.key_block
+        key_blocks = -(-k.shape[1] // size)
+        order, weight, summary = (self.options.get(name) for name in ("order", "log_weight", "summary"))
+        for b in range(batch):
+            for h in range(heads):
+                for place in range(queries):
+                    query = place if order is None else int(order[b, h, place])
+                    block = place // self.blocks.query_block
+                    named = lists[b, h, block, : counts[b, h, block]].tolist()
+                    keys = [key for i in named for key in range(i * size, min((i + 1) * size, k.shape[1]))]
+                    scores = k[b, keys, h] @ q[b, query, h] * SCALE
+                    values = v[b, keys, h]
+                    if weight is not None:
+                        scores = scores + weight[b, h, keys].cpu()
+                    if summary is not None:
+                        rest = [i for i in range(key_blocks) if i not in named]
+                        means = summary.k[b, rest, h].double().cpu() @ q[b, query, h] * SCALE
+                        scores = torch.cat([scores, means + summary.log_count[b, h, rest].cpu()])
+                        values = torch.cat([values, summary.v[b, rest, h].double().cpu()])
+                    if len(scores):
+                        out[b, query, h] = scores.softmax(0) @ values
+                        lse[b, query, h] = scores.logsumexp(0)
+        return out, lse
+
+    def check(self, compute, exact=None):
+        out, lse = compute(self.q, self.k, self.v, self.blocks, scale=SCALE, **self.options)
+        exact_out, exact_lse = self.exact() if exact is None else exact
+        assert out.dtype == self.q.dtype
+        assert lse.dtype == torch.float32
+        assert_within(out.cpu(), exact_out.cpu(), self.q.dtype, inputs=self.largest)
+        assert_within(lse.cpu(), exact_lse.cpu(), torch.float32)
+
+
+CASES = {
+    "ragged queries and keys": {},
+    "whole blocks": {"s": 48, "n": 96},
+    "full lists": {"lists": "full"},
+    "an order": {"parts": ("order",)},
+    "log-weights": {"parts": ("weight",)},
+    "summaries": {"parts": ("summary",)},
+    "everything, two rows": {"b": 2, "h": 3, "s": 37, "n": 83, "parts": ("order", "weight", "summary")},
+    "96 channels": {"d": 96, "parts": ("weight", "summary")},
+    "128 channels": {"d": 128, "n": 90},
+    "large blocks": {"s": 70, "n": 300, "query_block": 64, "key_block": 128, "parts": ("order", "summary")},
+    "blocks of no power of two": {"s": 53, "n": 130, "query_block": 24, "key_block": 40, "parts": ("order", "weight")},
+    "fewer keys than a block": {"n": 5, "lists": "full"},
+    "one block of queries": {"s": 9, "n": 64, "query_block": 128, "parts": ("order", "summary")},
+}
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES)
+def test_written_out_is_the_contract(case):
+    Case(**CASES[case]).check(written_out)
+    Case(**CASES[case]).check(block_sparse)  # on the CPU the same
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("keys", [16, 64])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", CASES)
+def test_fused_is_the_contract(case, tma, keys):
+    """By Triton's interpreter where there is no GPU. Tiles of keys are parts of a block, blocks, or several."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(**CASES[case], device=device)
+    tile = min(32, case.blocks.query_block)
+    case.check(partial(attend, config=Config(16 if tile < 32 else 32, keys, 4, 2, tma=tma)))
+
+
+@needs_triton
+def test_full_lists_are_dense_attention():
+    case = Case(lists="full", s=33, n=70)
+    dense = KERNELS["reference"].partial(case.q, case.k, case.v, scale=SCALE)
+    case.check(attend, dense)
+    case.check(written_out, dense)
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["dissimilar", "weighted"])
+def test_scores_far_below_zero_do_not_vanish(how):
+    """Neither beside keys past the end, were those read as zeros, nor beside the value that the maximum starts from."""
+    case = Case(n=45, d=64)
+    if how == "dissimilar":
+        case.q, case.k = case.q.abs() + 1, -case.k.abs() - 1
+    else:
+        case.options["log_weight"] = torch.full((1, 2, 45), -120.0)  # exp(-120) is less than fp32 holds
+    case.check(attend)
+    case.check(written_out)
+
+
+@needs_triton
+def test_log_weights_may_rule_out_every_key():
+    case = Case(lists="full")
+    case.options["log_weight"] = torch.full((1, 2, 77), -torch.inf)
+    for compute in (attend, written_out):
+        out, lse = compute(case.q, case.k, case.v, case.blocks, scale=SCALE, **case.options)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert torch.isneginf(lse).all()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("n", [96, 83], ids=["whole", "ragged"])
+@pytest.mark.parametrize("parts", [(), ("order",)], ids=["in place", "an order"])
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+def test_gathered_is_the_contract(name, parts, n, at_once):
+    case = Case(b=2, n=n, lists="equal", parts=parts)
+    case.check(partial(gathered, KERNELS[name], at_once=at_once))
+
+
+@pytest.mark.parametrize("compute", [block_sparse, written_out, partial(gathered, KERNELS["sdpa"])])
+def test_lists_of_nothing_are_nothing(compute):
+    case = Case(lists="equal")
+    blocks = BlockLists(case.blocks.lists[..., :0], 0 * case.blocks.counts, 16, 16)
+    out, lse = compute(case.q, case.k, case.v, blocks, scale=SCALE)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.isneginf(lse).all()
+
+
+def test_no_keys_are_nothing():
+    case = Case()
+    blocks = BlockLists(case.blocks.lists[..., :0], 0 * case.blocks.counts, 16, 16)
+    out, lse = block_sparse(case.q, case.k[:, :0], case.v[:, :0], blocks, scale=SCALE)
+    assert torch.equal(out, torch.zeros_like(case.q))
+    assert torch.isneginf(lse).all()
+
+
+def test_misuse_is_named():
+    case = Case()
+    lists, counts = case.blocks.lists, case.blocks.counts
+    with pytest.raises(KnobError, match="query blocks, most"):
+        BlockLists(lists, counts[0], 16, 16)
+    with pytest.raises(KnobError, match="int32"):
+        BlockLists(lists.long(), counts, 16, 16)
+    with pytest.raises(KnobError, match="one token at least"):
+        BlockLists(lists, counts, 16, 0)
+    with pytest.raises(KernelError, match="40 queries in blocks of 32"):
+        block_sparse(case.q, case.k, case.v, BlockLists(lists, counts, 32, 16), scale=SCALE)
+    with pytest.raises(KernelError, match="must be positive"):
+        block_sparse(case.q, case.k, case.v, case.blocks, scale=-1.0)
+    with pytest.raises(KernelError, match="keys have 1 heads"):
+        block_sparse(case.q, case.k[:, :, :1], case.v[:, :, :1], case.blocks, scale=SCALE)
+    with pytest.raises(KernelError, match="order of the queries"):
+        block_sparse(case.q, case.k, case.v, case.blocks, scale=SCALE, order=torch.arange(40))
+    with pytest.raises(KernelError, match="contiguous"):
+        block_sparse(case.q.mT.contiguous().mT, case.k, case.v, case.blocks, scale=SCALE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("query_block", [16, 64, 1170])
+def test_every_shape_has_a_configuration(query_block, dtype):
+    for width in (16, 64, 128, 256):
+        for key_block in (16, 40, 64, 128, 256):
+            for major in (8, 9, 10):
+                config = configured(width, query_block, key_block, dtype, major)
+                assert 16 <= config.queries <= max(16, query_block)
+                assert not config.tma or (key_block % config.keys == 0 and major >= 9)
+
+
+LARGE = {
+    "ragged": {"s": 1000, "n": 3001},
+    "everything": {"b": 2, "s": 500, "n": 2000, "h": 3, "parts": ("order", "weight", "summary")},
+    "64 channels, small blocks": {"s": 700, "n": 1999, "d": 64, "query_block": 64, "key_block": 32},
+    "96 channels": {"s": 700, "n": 1999, "d": 96, "parts": ("order", "summary")},
+    "256 channels": {"s": 300, "n": 1111, "d": 256, "key_block": 64},
+    "few queries a block": {"s": 300, "n": 1111, "query_block": 16, "key_block": 64, "parts": ("order",)},
+    "blocks of no power of two": {"s": 1170, "n": 2040, "query_block": 390, "key_block": 120, "parts": ("weight",)},
+}
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", LARGE)
+def test_fused_is_the_contract_on_a_gpu(case, dtype):
+    on_a_gpu(LARGE[case], dtype, block_sparse)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("config", CANDIDATES if HAS_TRITON else [], ids=str)
+@pytest.mark.parametrize("case", ["ragged", "everything", "blocks of no power of two"])
+def test_every_configuration_is_the_contract(case, config):
+    on_a_gpu(LARGE[case], torch.bfloat16, partial(attend, config=config))
+
+
+def on_a_gpu(sizes, dtype, compute):
+    case = Case(**{"d": 128, "query_block": 128, "key_block": 128, **sizes}, dtype=dtype, device="cuda")
+    exact = written_out(*(x.double() for x in (case.q, case.k, case.v)), case.blocks, scale=SCALE, **case.options)
+    case.check(compute, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["sdpa", "fa3"])
+@pytest.mark.parametrize("n", [2048, 2000], ids=["whole", "ragged"])
+def test_gathered_is_the_contract_on_a_gpu(name, n):
+    reason = KERNELS[name].unusable(torch.device("cuda"), torch.bfloat16, 128)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    case = Case(s=700, n=n, d=128, query_block=128, key_block=64, lists="equal", parts=("order",),
+                dtype=torch.bfloat16, device="cuda")  # fmt: skip
+    exact = written_out(*(x.double() for x in (case.q, case.k, case.v)), case.blocks, scale=SCALE, **case.options)
+    case.check(partial(gathered, KERNELS[name]), exact)
