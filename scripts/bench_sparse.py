@@ -5,9 +5,9 @@
 
 Shapes of Wan2.1-1.3B at 480x832: 12 heads of 128 channels, a block of 3 latent frames (4 680 queries) or a whole clip
 (32 760) over 7 or 28 blocks of past. Every block of queries of every head reads its own random share of the keys, all
-equally many: what a selection by content may ask for, and the hardest case for the cache. Arms alternate in one
-process; a speed-up is over the fastest dense kernel in the same round. AnnSA is timed whole at the end. Useful TFLOP/s count the pairs read. Results go
-to DIR/sparse.jsonl line by line.
+equally many: what a selection by content may ask for, and the hardest case for the cache. AnnSA is timed whole at the
+end. Arms alternate in one process; a speed-up is over the fastest dense kernel in the same round. Useful TFLOP/s count
+the pairs read. Results go to DIR/sparse.jsonl line by line.
 """
 
 import argparse
@@ -235,7 +235,7 @@ class Bench:
         fastest, kernel = min(dense.values()), KERNELS[self.dense[0]]
         for density in self.sizes["densities"]:
             for groups, summaries in (("kmeans", True), ("kmeans", False), ("hash", True)):
-                policy = AnnSA(density, groups, summaries, dense_steps=0.0, sink_frames=0)
+                policy = AnnSA(density, groups, summaries, 0.0, "step", dense_steps=0.0, sink_frames=0)
                 entries = Entries(k, v, torch.zeros(keys, dtype=torch.int64))
                 chosen = policy.plan(q, entries, policy_site)
                 assert chosen is not None

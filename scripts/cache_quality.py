@@ -152,7 +152,15 @@ def selections() -> list[Arm]:
             for summaries in (True, False):
                 name = f"{groups}{'' if summaries else ', no means'}"
                 found.append(Arm(f"{density}: {name}", Accel(selection=AnnSA(density, groups, summaries))))
-    for name, knobs in (("no dense steps", {"dense_steps": 0.0}), ("clean pass too", {"clean_pass": "sparse"})):
+    for name, knobs in (
+        ("no dense steps", {"dense_steps": 0.0}),
+        ("clean pass too", {"clean_pass": "sparse"}),
+        ("chosen at every step", {"refresh": "step"}),
+        ("any past", {"min_past": 0.0}),
+        ("from twice the block on", {"min_past": 2.0}),
+        ("from six times the block on", {"min_past": 6.0}),
+        ("newest block whole", {"recent_frames": BLOCK}),
+    ):
         found.append(Arm(f"0.3: kmeans, {name}", Accel(selection=AnnSA(0.3, **knobs))))  # type: ignore[arg-type]
     both = Accel(selection=AnnSA(0.3), cache=TempCache(0.9))
     found += [Arm("TempCache 0.9", Accel(cache=TempCache(0.9))), Arm("TempCache 0.9 and AnnSA 0.3", both)]

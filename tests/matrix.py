@@ -58,11 +58,11 @@ MATRIX = [
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),
-    Row(Accel(selection=AnnSA(density=1.0)), Accel(selection=AnnSA(density=0.3, dense_steps=0))),
+    Row(Accel(selection=AnnSA(density=1.0)), Accel(selection=AnnSA(density=0.3, dense_steps=0, min_past=0))),
     Row(
         Accel(selection=AnnSA(density=1.0), cache=TempCache(threshold=None), reuse=FlashBlock(refresh=1)),
         Accel(
-            selection=AnnSA(0.3, groups="hash", dense_steps=0, summaries=False, clean_pass="sparse"),
+            selection=AnnSA(0.3, groups="hash", dense_steps=0, min_past=0, summaries=False, clean_pass="sparse"),
             cache=TempCache(threshold=0.5),
             reuse=FlashBlock(refresh=2),
         ),

@@ -154,6 +154,14 @@ def test_sink_and_recent_frames_are_in_every_list():
     assert chosen.blocks.listed(last)[..., first:].all()
 
 
+@pytest.mark.parametrize(("refresh", "same"), [("block", True), ("step", False)])
+def test_lists_are_chosen_once_a_block_or_at_every_step(refresh, same):
+    entries, policy = past(clusters=12), AnnSA(0.2, refresh=refresh)
+    first, second = (choose(policy, queries_near(entries), entries) for _ in range(2))
+    assert torch.equal(first.blocks.lists, second.blocks.lists) == same
+    assert choose(policy, queries_near(entries, 50), entries).queries == 50  # another number of queries chooses anew
+
+
 def test_where_it_does_not_choose():
     policy, q = AnnSA(0.3, layers=(1,)), torch.randn(2, 40, HEADS, DIM)
     assert policy.plan(q, past(), site(layer=0)) is None
@@ -161,6 +169,8 @@ def test_where_it_does_not_choose():
     assert policy.plan(q, past(), site(layer=1, step=1)) is None  # of 4 steps the first 2 read everything
     assert policy.plan(q, past(), site(layer=1, step=4, phase="clean")) is None
     assert policy.plan(q, past(frames=1), site(layer=1)) is None
+    assert AnnSA(0.3, min_past=18.1).plan(q, past(), site()) is None  # 720 keys, 40 queries
+    assert AnnSA(0.3, min_past=18).plan(q, past(), site()) is not None
     at_work = Entries(*(torch.randn(2, 720, HEADS, DIM) for _ in range(2)), at_work=True)
     assert policy.plan(q, at_work, site(layer=1)) is None
 

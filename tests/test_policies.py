@@ -149,6 +149,8 @@ BAD = [
     ("AnnSA", {"layers": (-1,)}, r"layers=\(-1,\)"),
     ("AnnSA", {"sink_frames": -1}, "sink_frames=-1"),
     ("AnnSA", {"recent_frames": -1}, "recent_frames=-1"),
+    ("AnnSA", {"refresh": "never"}, "choose one of step, block"),
+    ("AnnSA", {"min_past": -1}, "min_past=-1"),
     ("AnnSA", {"summaries": "mean"}, "summaries='mean'"),
     ("AnnCA", {"bits": 17}, "bits=17"),
     ("AnnCA", {"tables": 0}, "tables=0"),

@@ -48,6 +48,13 @@ class AnnSA(Selector):
         choices=("kmeans", "hash", "place"),
     )
     summaries: bool = knob(True, "read the mean of a block in place of a block that is not read")
+    min_past: float = knob(4.0, "choose only among at least so many keys a query, >= 0")
+    refresh: str = knob(
+        "block",
+        'when the keys to read are chosen anew: at every "step", or once a "block" (of the video), at the first step '
+        "that chooses, which saves the choosing at the others",
+        choices=("step", "block"),
+    )
     dense_steps: float = knob(0.3, "share of the denoising steps, the first ones, that read everything, in [0, 1)")
     clean_pass: str = knob("dense", "whether the pass that writes the cache chooses too", choices=("dense", "sparse"))
     sink_frames: int = knob(1, "first latent frames of the video that every query reads")
@@ -63,6 +70,7 @@ class AnnSA(Selector):
             "layers are numbers of layers >= 0, at least one, or None for all",
             layers=self.layers,
         )
+        self.require(self.min_past >= 0, "min_past is a number of keys a query >= 0", min_past=self.min_past)
         self.require(isinstance(self.summaries, bool), "summaries is True or False", summaries=self.summaries)
         self.require_frames("sink_frames")
         self.require_frames("recent_frames")
@@ -85,7 +93,7 @@ class AnnSA(Selector):
 
     def plan(self, q: Tensor, entries: "Entries", site: Site) -> Chosen | None:
         """What is read of `entries`; None for all: the block at work, and a past too short to choose from."""
-        if entries.at_work or not self.apart(site):
+        if entries.at_work or entries.count < self.min_past * q.shape[1] or not self.apart(site):
             return None
         if self not in entries.notes:
             entries.notes[self] = self._sorted(entries, site)
@@ -96,7 +104,10 @@ class AnnSA(Selector):
         take = min(keys.choices, max(1, round((self.density * entries.count - always) / keys.block)))
         if take == keys.choices:
             return None
-        return keys.choose(q, take, self.groups, q.shape[-1] ** -0.5, self.summaries)
+        if self.refresh == "block" and keys.chosen is not None and keys.chosen.queries == q.shape[1]:
+            return keys.chosen
+        keys.chosen = keys.choose(q, take, self.groups, q.shape[-1] ** -0.5, self.summaries)
+        return keys.chosen
 
     def _sorted(self, entries: "Entries", site: Site) -> KeyBlocks | None:
         always = torch.zeros(entries.count, dtype=torch.bool)
@@ -116,6 +127,7 @@ class AnnSA(Selector):
                 f"dense_steps={self.dense_steps} reads everything in the first {first} of {run.steps} steps: lower it"
             )
         return (
-            "no past was ever long enough to choose from (two blocks of 8 tokens beside sink_frames and "
-            f"recent_frames, of which density={self.density} must leave some out): generate more frames"
+            f"no past was ever long enough to choose from (min_past={self.min_past} times the block at work, and two "
+            f"blocks of 8 tokens beside sink_frames and recent_frames, of which density={self.density} must leave some "
+            "out): generate more frames or lower min_past"
         )

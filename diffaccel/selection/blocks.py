@@ -30,6 +30,7 @@ class Chosen:
     log_weight: Tensor | None  # (B, H, N) fp32
     summary: Summary | None
     keys_read: int  # of each query, the same for all
+    queries: int  # how many they are
 
 
 @dataclass(eq=False)
@@ -49,6 +50,7 @@ class KeyBlocks:
     log_count: Tensor  # (B, H, NB): tokens of a block
     block: int
     order: Tensor | None = None  # of the queries
+    chosen: Chosen | None = None  # the last time
 
     @classmethod
     def of(cls, entries: Entries, always: Tensor, block: int, groups: str) -> "KeyBlocks":
@@ -118,6 +120,7 @@ class KeyBlocks:
             self.log_weight,
             self._summary(len(behind)) if summaries else None,
             take * self.block + always + (self.choices - take if summaries else 0),
+            queries,
         )
 
     def _summary(self, behind: int) -> Summary:
