@@ -70,6 +70,7 @@ class Run:
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._chosen_bytes: defaultdict[str, int] = defaultdict(int)  # of the last forward of each branch
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began: float | None = None
         self._before = self._elapsed = 0.0
@@ -142,12 +143,14 @@ class Run:
             self._where = replace(_NOWHERE, grid=grid, branch=branch or "main", step=step or 0, steps=steps or 1)
             self.steps, self.blocks = max(self.steps, steps or 1), max(self.blocks, 1)
         self._sites.clear()
+        self._chosen_bytes[self._where.branch] = 0
         self._tokens_per_frame = grid.tokens_per_frame
 
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         self._tick()
         held = (t for _, _, stored in self._stored.values() for t in stored)
+        self._note_bytes("selection", sum(self._chosen_bytes.values()))
         self._note_bytes("reuse", sum(t.numel() * t.element_size() for t in held))
         if not (self.causal and self._told and self._where.phase == "clean"):
             return
@@ -405,6 +408,7 @@ class Call:
             self.run.fired(selector.slot)
             if isinstance(found, Chosen):
                 self._count(q, found.keys_read)
+                self.run._chosen_bytes[self.site.branch] += found.bytes
                 return over_blocks(kernel, self.run.accel.kernel != "auto", q, found, scale)
             plan = found if plan is None else plan & found
         self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])

@@ -136,6 +136,18 @@ def test_a_block_of_identical_keys_is_read_exactly_by_its_mean():
     assert (without.lse - lse).abs().max() > 0.1
 
 
+def test_the_report_says_what_the_sorted_copies_take():
+    from test_policies import generate
+    from tiny import tiny_pipeline
+
+    pipe = tiny_pipeline()
+    _, run = generate(pipe, Accel(selection=AnnSA(0.3, dense_steps=0, min_past=0, summaries=False)), num_frames=49)
+    report = run.report()
+    held = report.slots["selection"].bytes
+    assert 0 < held <= report.blocks[-1]["bytes"]  # less than the buffers of the cache, of which it copies the past
+    assert held > report.blocks[-2]["bytes"] / 4
+
+
 def test_means_weigh_entries_by_the_tokens_they_stand_for():
     blocks = KeyBlocks.of(past(2, multiplicity=((24, 1), (24, 5))), torch.zeros(48, dtype=torch.bool), 48, "place")
     k = blocks.k.double()

@@ -46,7 +46,7 @@ class AnnCA(PadCollapse):
         """What is read of the prompt's entries by queries (B, S, H, D)."""
         if not self.bits:
             return Fixed(prompt)
-        known = run.scratch("prompt", site.branch)
+        known: dict[int, Any] = run.scratch("prompt", site.branch).setdefault("near", {})
         place, kept = known.get(site.layer, (None, []))
         if place != (site.block, prompt.count) or not run.causal:
             kept = self._kept(q, prompt)

@@ -32,6 +32,12 @@ class Chosen:
     keys_read: int  # of each query, the same for all
     queries: int  # how many they are
 
+    @property
+    def bytes(self) -> int:
+        """What the sorted copies take, and the means."""
+        held = [self.k, self.v, *((self.log_weight,) if self.log_weight is not None else ()), *(self.summary or ())]
+        return sum(x.numel() * x.element_size() for x in held)
+
 
 @dataclass(eq=False)
 class KeyBlocks:
