@@ -58,8 +58,8 @@ CANDIDATES = (
 _BEST = {
     (64, 128, 9): Config(128, 128, 8, 3, tma=True),
     (64, 64, 9): Config(128, 64, 8, 4, tma=True),
-    (128, 128, 9): Config(128, 128, 8, 3, tma=True),
-    (128, 64, 9): Config(128, 64, 8, 4, tma=True),
+    (128, 128, 9): Config(64, 64, 4, 3, tma=True),
+    (128, 64, 9): Config(64, 64, 4, 3, tma=True),
     (256, 128, 9): Config(128, 64, 8, 2, tma=True),
     (256, 64, 9): Config(128, 64, 8, 2, tma=True),
 }
