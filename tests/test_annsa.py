@@ -187,6 +187,13 @@ def test_where_it_does_not_choose():
     assert policy.plan(q, at_work, site(layer=1)) is None
 
 
+def test_a_whole_video_at_once_chooses_from_itself():
+    """A bidirectional model has no past, and as many keys as queries."""
+    entries = past()
+    chosen = AnnSA(0.3).plan(entries.k, entries, site(start=0))
+    assert chosen.keys_read < 0.4 * entries.count
+
+
 def test_the_past_is_sorted_once_and_again_when_it_changes():
     from diffaccel.cache import Memory
 

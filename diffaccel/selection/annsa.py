@@ -48,7 +48,7 @@ class AnnSA(Selector):
         choices=("kmeans", "hash", "place"),
     )
     summaries: bool = knob(True, "read the mean of a block in place of a block that is not read")
-    min_past: float = knob(4.0, "choose only among at least so many keys a query, >= 0")
+    min_past: float = knob(4.0, "choose only from a past of at least so many keys a query, >= 0")
     refresh: str = knob(
         "block",
         'when the keys to read are chosen anew: at every "step", or once a "block" (of the video), at the first step '
@@ -93,7 +93,8 @@ class AnnSA(Selector):
 
     def plan(self, q: Tensor, entries: "Entries", site: Site) -> Chosen | None:
         """What is read of `entries`; None for all: the block at work, and a past too short to choose from."""
-        if entries.at_work or entries.count < self.min_past * q.shape[1] or not self.apart(site):
+        short = site.start > 0 and entries.count < self.min_past * q.shape[1]  # at 0 a whole video reads itself
+        if entries.at_work or short or not self.apart(site):
             return None
         if self not in entries.notes:
             entries.notes[self] = self._sorted(entries, site)
