@@ -11,7 +11,6 @@ to DIR/seam.jsonl line by line.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from timing import medians
 from torch import Tensor
 
 from diffaccel import Accel, FlashBlock, PadCollapse
@@ -133,24 +133,7 @@ class Bench:
         return self.model(latents, timestep, self.text, return_dict=False)[0]
 
     def time(self, arms: dict[str, Callable[[], object]], rounds: int | None = None) -> dict[str, float]:
-        """Median milliseconds of every arm, the arms alternating."""
-        for arm in arms.values():
-            arm(), arm()
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(rounds or self.rounds):
-            for name, arm in arms.items():
-                if self.device.type == "cuda":
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    arm()
-                    end.record()
-                    end.synchronize()
-                    times[name].append(start.elapsed_time(end))
-                else:
-                    began = time.perf_counter()
-                    arm()
-                    times[name].append(1e3 * (time.perf_counter() - began))
-        return {name: statistics.median(found) for name, found in times.items()}
+        return medians(arms, rounds or self.rounds, self.device)
 
     # -- correctness ---------------------------------------------------------------------------------------------
 

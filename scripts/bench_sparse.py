@@ -12,13 +12,13 @@ the pairs read. Results go to DIR/sparse.jsonl line by line.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from timing import medians
 from torch import Tensor
 
 from diffaccel import AnnSA, Grid, Site
@@ -86,24 +86,7 @@ class Bench:
         return BlockLists(drawn.sort(-1).values.int(), counts, *blocks)
 
     def time(self, arms: dict[str, Arm]) -> dict[str, float]:
-        """Median milliseconds of every arm, the arms alternating."""
-        for arm in arms.values():
-            arm(), arm()
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(self.rounds):
-            for name, arm in arms.items():
-                if self.device.type == "cuda":
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    arm()
-                    end.record()
-                    end.synchronize()
-                    times[name].append(start.elapsed_time(end))
-                else:
-                    began = time.perf_counter()
-                    arm()
-                    times[name].append(1e3 * (time.perf_counter() - began))
-        return {name: statistics.median(found) for name, found in times.items()}
+        return medians(arms, self.rounds, self.device)
 
     # -- correctness ---------------------------------------------------------------------------------------------
 
