@@ -166,7 +166,8 @@ def _refusal(
         reason = family.refuses(denoiser, slot)
         if reason:
             return f"{name} (slot {slot}) cannot run on {pipe}: {reason}"
-    return None
+    reason = policy.refuses_model([(family.geometry(denoiser), denoiser) for denoiser in denoisers])
+    return None if reason is None else f"{name} (slot {slot}) cannot run on this {pipe}: {reason}"
 
 
 __all__ = ["Accel", "AppliedRun", "active_run"]

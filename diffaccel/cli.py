@@ -122,8 +122,10 @@ def generate(
         typer.echo(f"preset {preset or _default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
         if report is not None:
+            from .report import write_json
+
             content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
-            _write_json(report, content)
+            write_json(report, content)
         if plots is not None:
             plots.mkdir(exist_ok=True)
             for number, result in enumerate(results):
@@ -133,6 +135,79 @@ def generate(
                 else:
                     typer.echo("no plot: no block was finished and kept, so there is nothing to draw")
         _finish(results, asked=preset is not None or bool(changes))
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="usual ones  [default for a bundled model: two of its own]"),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the profile, .json")] = Path("annsa.json"),
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
+    method: Annotated[str, typer.Option(help="what the profile is for: annsa")] = "annsa",
+    model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="pixel frames, 1 + 4k  [default: the model's, or what selection.min_past takes]")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels, for example 832x480")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps (of each block)")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="selection.KNOB=VALUE", help="as the profile will be used with")
+    ] = None,
+    densities: Annotated[str, typer.Option(help="shares of the keys to measure at")] = "0.1,0.2,0.3,0.5",
+    seed: Annotated[int, typer.Option(help="of the noise; every prompt gets the same")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+) -> None:
+    """Measure which layers a method serves best, for --set selection.profile=FILE.
+
+    Makes a dense video of each prompt and writes the recall of attention mass at every density, step, layer and head.
+    """
+    with _one_sentence():
+        from .calibrate import METHODS, PROMPTS, check, frames_wanted, summary
+        from .calibrate import calibrate as measure
+        from .suggest import choose
+
+        choose(method, METHODS, "method to calibrate")
+        ours = model in (None, *BUNDLED_MODELS) and not prompts and prompts_file is None
+        texts = list(PROMPTS) if ours else _read_prompts(prompts or [], prompts_file)
+        _require(out.suffix.lower() == ".json" and not out.is_dir(), f"-o must name a .json file, got '{out}'")
+        _check_parent(out)
+        asked = _parse_size(size) if size else None
+        _require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
+        for change in changes or []:
+            _require(change.startswith("selection."), f"--set takes selection.KNOB=VALUE here, got '{change}'")
+        accel = build_accel("exact", ["prompt=none", "selection=AnnSA", *(changes or [])])
+        policy: Any = accel.selection
+        shares = _parse_shares(densities)
+        check(policy, shares)
+
+        pipe, given = _open(model, None, dtype, device, "none")
+        width, height = asked or (given.width, given.height)
+        wanted = {
+            "width": width,
+            "height": height,
+            "num_frames": frames_wanted(pipe, policy, given.num_frames) if frames is None else frames,
+            "num_inference_steps": given.num_inference_steps if steps is None else steps,
+            "guidance_scale": given.guidance_scale,
+        }
+        arguments = {name: value for name, value in wanted.items() if value is not None}
+        _check_arguments(pipe, accel, arguments, texts)
+        with _progress(texts[0]) as show:
+            profile = measure(
+                pipe,
+                policy,
+                prompts=texts,
+                densities=shares,
+                seed=seed,
+                on_prompt=lambda number: show(0, None, None, f"{number + 1} of {len(texts)}: {texts[number][:32]}"),
+                callback_on_step_end=_counts_steps(show),
+                **arguments,
+            )
+        profile.save(out)
+        typer.echo(f"{out}: recall of attention mass, {profile.about()}")
+        typer.echo("\n".join(summary(profile)))
 
 
 @app.command()
@@ -299,6 +374,13 @@ def _parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _parse_shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",") if share.strip()]
+    except ValueError:
+        raise UsageError(f"--densities takes shares with commas between, such as 0.1,0.3, got '{text}'") from None
+
+
 def _read_first_frame(path: Path) -> Any:
     from .video import read_image
 
@@ -457,15 +539,11 @@ class _Job:
     def _stream(self, prompt: str, run: "Run", writer: Any, show: "_Shower") -> None:
         import torch
 
-        def on_step(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-            show(step + 1, pipe.num_timesteps, None)
-            return {}
-
         stream = self.pipe.stream(
             prompt=[prompt],
             **self.arguments,
             generator=torch.Generator().manual_seed(self.seed),
-            callback_on_step_end=on_step,
+            callback_on_step_end=_counts_steps(show),
         )
         with closing(stream):
             for chunk in stream:
@@ -475,13 +553,7 @@ class _Job:
     def _at_once(self, prompt: str, run: "Run", writer: Any, show: "_Shower") -> None:
         from .compare import generate as generate_once
 
-        steps = self.arguments.get("num_inference_steps")
-
-        def on_step(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-            show(step + 1, steps or pipe.num_timesteps, None)
-            return {}
-
-        arguments = {**self.arguments, "prompt": prompt, "callback_on_step_end": on_step}
+        arguments = {**self.arguments, "prompt": prompt, "callback_on_step_end": _counts_steps(show)}
         writer.append(generate_once(self.pipe, run, self.seed, arguments).frames)
 
     def compare(self, prompt: str, folder: Path) -> _Result:
@@ -529,16 +601,6 @@ def _finish(results: Sequence[_Result], *, asked: bool) -> None:
         raise typer.Exit(1)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """All or nothing: a reader never sees half a report."""
-    partial = path.absolute().parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # -- what is shown ---------------------------------------------------------------------------------------------------
 
 
@@ -582,6 +644,16 @@ def _progress(prompt: str) -> Iterator[_Shower]:
                 progress.update(task, speed=f"{frames} frames, {rate}{_bytes(peak)}")
 
         yield show
+
+
+def _counts_steps(show: _Shower) -> Callable[..., dict[str, Any]]:
+    """A pipeline's `callback_on_step_end`."""
+
+    def on_step(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        show(step + 1, pipe.num_timesteps, None)
+        return {}
+
+    return on_step
 
 
 def _print_report(file: Path, frames: int, report: "Report") -> None:

@@ -12,6 +12,9 @@ from .errors import KnobError
 from .suggest import choose
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from .backbone import Geometry
     from .cache import Entries, Extent, Memory, Tier
     from .grid import Grid
     from .plan import Plan
@@ -63,6 +66,10 @@ class Policy(ABC):
 
     def conflict(self, others: "Iterable[Policy]") -> str | None:
         """Why this technique cannot run beside one of the others, or None."""
+        return None
+
+    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        """Why its knobs do not fit these denoisers of a pipeline, whose layers are counted through, or None."""
         return None
 
     def require(self, ok: bool, rule: str, **met: Any) -> None:

@@ -1,8 +1,10 @@
 """What a run did: which techniques engaged, what they read, how long it took, where."""
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +105,13 @@ def environment(device: torch.device | None, dtype: torch.dtype | None) -> dict[
         else f"{platform.machine()} cpu, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """All or nothing: a reader never sees half a file."""
+    partial = path.absolute().parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

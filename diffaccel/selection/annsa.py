@@ -1,8 +1,9 @@
 """AnnSA: queries read the keys near them (FAST-AR, arXiv 2602.01801, section 5.4)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property, lru_cache
+from math import ceil, floor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from ..cache.host import HostCache
 from ..policy import Policy, Selector, knob
+from ..profile import Profile
 from ..site import Site
 from .blocks import Chosen, KeyBlocks, block_for
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..backbone import Geometry
     from ..cache.entries import Entries
     from ..run import Run
 
@@ -60,6 +65,12 @@ class AnnSA(Selector):
     sink_frames: int = knob(1, "first latent frames of the video that every query reads")
     recent_frames: int = knob(0, "newest latent frames of the past that every query reads")
     layers: tuple[int, ...] | None = knob(None, "layers that choose, counted from 0; None: all")
+    profile: str | None = knob(
+        None, "file that diffaccel calibrate wrote for this model; at each step it says which layers choose"
+    )
+    sparse_layers: float = knob(
+        0.7, "share of the layers that choose, those of highest recall in the profile, in (0, 1]; only with a profile"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +81,47 @@ class AnnSA(Selector):
             "layers are numbers of layers >= 0, at least one, or None for all",
             layers=self.layers,
         )
+        self.require(
+            self.profile is None or self.layers is None,
+            "profile and layers both say which layers choose, pass one",
+            profile=self.profile,
+            layers=self.layers,
+        )
+        self.require(
+            0 < self.sparse_layers <= 1
+            and (self.profile is not None or self.sparse_layers == type(self).sparse_layers),
+            "sparse_layers is a share in (0, 1], and goes with a profile",
+            sparse_layers=self.sparse_layers,
+            profile=self.profile,
+        )
+        found = None if self._profile is None else self._profile.knobs.get("groups")
+        self.require(
+            found in (None, self.groups),
+            f"groups must be {found!r}, as while the profile was measured, or calibrate again",
+            groups=self.groups,
+        )
         self.require(self.min_past >= 0, "min_past is a number of keys a query >= 0", min_past=self.min_past)
         self.require(isinstance(self.summaries, bool), "summaries is True or False", summaries=self.summaries)
         self.require_frames("sink_frames")
         self.require_frames("recent_frames")
+
+    @cached_property
+    def _profile(self) -> Profile | None:
+        if self.profile is None:
+            return None
+        return Profile.load(self.profile, "AnnSA", axes=("density", "step"), tables=("recall",))
+
+    def _sparse_at(self, layer: int, step: int, steps: int) -> bool:
+        """Whether `layer` is one that chooses at this step."""
+        if self._profile is not None:
+            return layer in _best_layers(self._profile, self.density, self.sparse_layers, step, steps)
+        return self.layers is None or layer in self.layers
+
+    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        count = sum(geometry.layers for geometry, _ in models)
+        if self.layers is not None and max(self.layers) >= count:
+            return f"it has the layers 0 to {count - 1}, and layers={self.layers} names {max(self.layers)}"
+        return None if self._profile is None else self._profile.mismatch(models)
 
     def conflict(self, others: "Iterable[Policy]") -> str | None:
         for other in others:
@@ -85,7 +133,7 @@ class AnnSA(Selector):
 
     def apart(self, site: Site) -> bool:
         """Whether this call chooses; then past and block at work are read apart."""
-        if self.is_exact or (self.layers is not None and site.layer not in self.layers):
+        if self.is_exact or not self._sparse_at(site.layer, site.step, site.steps):
             return False
         if site.phase == "clean":
             return self.clean_pass == "sparse"
@@ -120,8 +168,8 @@ class AnnSA(Selector):
         return None if free < 2 * block else KeyBlocks.of(entries, always, block, self.groups)
 
     def why_idle(self, run: "Run") -> str:
-        if self.layers is not None and run.extent is not None and min(self.layers) >= run.extent.layers:
-            return f"the model has {run.extent.layers} layers, and layers={self.layers} names none of them"
+        if self._profile is not None and not _best_layers(self._profile, self.density, self.sparse_layers, 0, 1):
+            return f"sparse_layers={self.sparse_layers} of {self._profile.model.layers} layers is none: raise it"
         first = ceil(self.dense_steps * run.steps)
         if first >= run.steps:
             return (
@@ -132,3 +180,10 @@ class AnnSA(Selector):
             f"blocks of 8 tokens beside sink_frames and recent_frames, of which density={self.density} must leave some "
             "out): generate more frames or lower min_past"
         )
+
+
+@lru_cache(maxsize=4096)
+def _best_layers(profile: Profile, density: float, share: float, step: int, steps: int) -> frozenset[int]:
+    """The `share` of the layers whose calibrated recall at this density and step, over all heads, is highest."""
+    recall = profile.at("recall", density=density, step=profile.place(step, steps)).mean(1)
+    return frozenset((-recall).argsort(kind="stable")[: floor(share * len(recall) + 0.5)].tolist())
