@@ -257,6 +257,21 @@ def test_annsa_at_density_1_is_dense(groups, policy, frames, tokens):
     assert replace(policy, density=1.0, groups=groups).plan(k, entries, where(frames)) is None
 
 
+@GROUPINGS
+@examples(max_examples=25)
+@given(POLICIES, st.integers(0, 2), st.integers(1, 12), st.integers(1, 40))
+def test_annsa_reads_the_block_at_work_whole(groups, policy, past, frames, tokens):
+    memory, policy = Memory(), replace(policy, groups=groups)
+    for start in (*range(past), past):
+        k, v = numbered(1, frames if start == past else 1, tokens, 1)
+        site = Site(0, "self", 3, 4, start, start, "denoise", "cond", Grid(k.shape[1] // tokens, 1, tokens))
+        memory.place(k, v, site)
+        if start < past:
+            memory.finish_block(tokens)
+    for tier in (memory.block(), memory.past_and_block()[-1]):  # the latter is read where there is no past
+        assert policy.plan(k, tier.entries, site) is None
+
+
 # -- TempCache ---------------------------------------------------------------------------------------------------------
 
 

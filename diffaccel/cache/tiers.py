@@ -114,7 +114,7 @@ class ExactTier:
         return Fixed(replace(self._view(self._count, self._placed), at_work=True))
 
     def past_and_block(self) -> Fixed:
-        return Fixed(self._view(0, self._placed))
+        return Fixed(replace(self._view(0, self._placed), at_work=True))
 
     def oldest(self, tokens: int) -> Entries:
         """A view of the oldest `tokens` entries."""
