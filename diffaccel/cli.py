@@ -415,14 +415,17 @@ def _default_preset(pipe: Any) -> str:
 
 def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompts: Sequence[str]) -> None:
     """Rules that depend on the pipeline; says what of the prompts the model will not read."""
+    import inspect
     from math import lcm
 
+    from . import backbone
     from .errors import UnsupportedError
     from .pipelines.inputs import SAMPLERS, check_frames, check_size, unread
     from .suggest import choose
 
     causal = bool(getattr(pipe, "block_causal", False))
-    patch = pipe.transformer.config.patch_size
+    family, denoisers = backbone.find(pipe)
+    patch = family.geometry(denoisers[0]).patch
     check_frames("--frames", arguments["num_frames"], pipe.vae_scale_factor_temporal)
     for name, side in (("width", patch[2]), ("height", patch[1])):
         check_size(f"the {name} in --size", arguments[name], lcm(16, pipe.vae_scale_factor_spatial * side))
@@ -440,6 +443,11 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
         raise UsageError(
             f"--negative acts through guidance, which is {guidance:g}; pass --guidance above 1 or leave --negative out"
         )
+    if "negative_prompt" in arguments and "true_cfg_scale" in inspect.signature(pipe.__call__).parameters:
+        raise UsageError(
+            f"--negative acts through the true_cfg_scale of {type(pipe).__name__}, which has no option here; "
+            "call the pipeline in Python, or leave --negative out"
+        )
     if "image" in arguments and arguments["num_frames"] <= 1:
         raise UsageError(
             "--image gives the first frame and the video needs more than that one; pass --frames 5 or more"
@@ -450,7 +458,8 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
         refused = accel.describe(pipe)[0]["refuses"]
         slots = [slot for slot, policy in accel.policies().items() if refused.get(type(policy).__name__)]
         flags = " ".join(f"--set {slot}=none" for slot in slots)
-        remedy = f" (here: --preset exact, or {flags})" if flags else ""
+        other = "" if "prompt" in slots else "--preset exact, or "  # which has a prompt technique
+        remedy = f" (here: {other}{flags})" if flags else ""
         raise UsageError(f"{error}{remedy}") from error
     if causal and accel.cache is not None:
         branches = 1 if guidance is not None and guidance <= 1 else 2

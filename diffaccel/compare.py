@@ -263,16 +263,20 @@ def generate(pipe: Any, run: Run, seed: int, arguments: dict[str, Any]) -> Made:
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.float32]:
-    """The frames (F, H, W, 3) in [0, 1] of a Wan pipeline's latents (1, C, L, h, w), as its own call decodes them."""
+    """The frames (F, H, W, 3) in [0, 1] of a pipeline's latents (1, C, L, h, w), as its own call decodes them."""
     if getattr(pipe, "block_causal", False):
         return np.asarray(pipe.decode_latents(latents)[0])
     vae = pipe.vae
     device = getattr(pipe, "_execution_device", vae.device)
     latents = latents.to(device, vae.dtype)
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
-    pixels = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    if "latents_mean" in vae.config:  # Wan's, channel by channel
+        mean, std = (
+            torch.tensor(vae.config[f"latents_{of}"]).view(1, -1, 1, 1, 1).to(latents) for of in ("mean", "std")
+        )
+        latents = latents / (1.0 / std) + mean
+    else:
+        latents = latents / vae.config.scaling_factor
+    pixels = vae.decode(latents, return_dict=False)[0]
     return np.asarray(pipe.video_processor.postprocess_video(pixels, output_type="np")[0])
 
 
