@@ -99,6 +99,7 @@ class Accel:
             if reason:
                 raise UnsupportedError(reason)
         run = AppliedRun(self, causal=causal, timing=timing, observe=observe)
+        run.pipe = pipe
         try:
             layer = 0
             for denoiser in denoisers:
@@ -139,6 +140,7 @@ class AppliedRun(Run):
         applied = bool(self.undo)
         while self.undo:
             self.undo.pop()()
+        self.pipe = None
         self.forget()  # and with it the memory that caches hold
         if check and applied:
             self.check_engaged()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .cache import Entries, Fixed, Tier
+from .cache import Entries, Fixed, Reader, Tier
 from .kernel import Partial, merge
 from .run import Run
 from .site import Site
@@ -24,11 +24,15 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
     """Attention of one call, (B, S, H, D); keys come rotated, from this call's own tokens or from the prompt."""
     call = run.open(site, q_BSHD)  # decides what is read of a tier, runs the kernel, counts
 
-    def read(tiers: Sequence[Tier]) -> Partial:
-        return merge([tier.partial(q_BSHD, call.read) for tier in tiers if tier.count])
+    def read(tiers: Sequence[Tier], q: Tensor = q_BSHD, reader: Reader = call.read) -> Partial:
+        return merge([tier.partial(q, reader) for tier in tiers if tier.count])
 
     if site.part == "cross":
         result = read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)])
+    elif (text := site.text) is not None:  # only video chooses, and only among video: text is read by all and reads all
+        (q, q_text), (k, k_text), (v, v_text) = map(text.split, (q_BSHD, k_BNHD, v_BNHD))
+        tiers = [Fixed(Entries(k, v, site.grid.frame_of_token(site.start))), text.tier(k_text, v_text)]
+        result = Partial(*map(text.join, read(tiers, q), read(tiers, q_text, call.read_all)))
     elif not run.causal:
         result = read([Fixed(Entries(k_BNHD, v_BNHD, site.grid.frame_of_token(site.start)))])
     else:

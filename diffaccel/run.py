@@ -19,6 +19,7 @@ from . import kernel
 from .cache import Entries, Extent, Fixed, KVCache, Memory, Tier
 from .errors import NotEngagedError
 from .grid import Grid
+from .joint import Text
 from .kernel import Partial
 from .kernel.weighted import over_entries
 from .observe import Observer
@@ -58,6 +59,7 @@ class Run:
         self.rotary: tuple[Tensor, Tensor] | None = None  # tables (1, S, 1, D) of the forward that runs now
         self.later: Callable[[Tensor, int], Tensor] | None = None  # rotated keys (B, N, H, D), some frames later
         self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None
+        self.pipe: Any = None  # while it is accelerated; its scheduler counts the steps if nobody else does
         self.blocks = self.steps = 0
         self.longest_past = 0.0  # latent frames before a block over those of the block, of all blocks so far
         self._selectors = [policy for policy in (accel.window, accel.selection) if policy is not None]
@@ -132,16 +134,23 @@ class Run:
 
     # -- called by a backbone ------------------------------------------------------------------------------------
 
-    def enter(self, grid: Grid, branch: str | None, step: int | None, steps: int | None) -> None:
-        """A forward of the denoiser starts on `grid`. The rest matters only where no pipeline told (`at`)."""
+    def enter(
+        self, grid: Grid, branch: str | None, step: int | None, steps: int | None, text: Text | None = None
+    ) -> None:
+        """A forward of the denoiser starts on `grid`, with `text` in its attention or without.
+
+        The rest matters only where no pipeline told (`at`); a step that is not known is the scheduler's.
+        """
         if self._began is None:
             self._began = time.perf_counter()
         if self._told:
-            self._where = replace(self._where, grid=grid)
+            self._where = replace(self._where, grid=grid, text=text)
             self.longest_past = max(self.longest_past, self._where.start / grid.frames)
         else:
-            self._where = replace(_NOWHERE, grid=grid, branch=branch or "main", step=step or 0, steps=steps or 1)
-            self.steps, self.blocks = max(self.steps, steps or 1), max(self.blocks, 1)
+            if step is None or steps is None:
+                step, steps = _progress(getattr(self.pipe, "scheduler", None))
+            self._where = replace(_NOWHERE, grid=grid, text=text, branch=branch or "main", step=step, steps=steps)
+            self.steps, self.blocks = max(self.steps, steps), max(self.blocks, 1)
         self._sites.clear()
         self._chosen_bytes[self._where.branch] = 0
         self._tokens_per_frame = grid.tokens_per_frame
@@ -252,7 +261,9 @@ class Run:
 
     def close(self, call: "Call", keys: int) -> None:
         """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
-        total = kept = keys
+        text = call.site.text
+        total: Any = keys if text is None else keys - text.padding
+        kept = total
         if call.site.part == "cross":
             total = sum(count * tokens for count, tokens in self.prompt_multiplicity or ((keys, 1),))
         elif self.causal:
@@ -401,7 +412,7 @@ class Call:
         """Attention of `q` over what the window and the selection leave of `entries`."""
         kernel, scale = self.run.kernel_for(q), q.shape[-1] ** -0.5
         plan: Plan | None = None
-        for selector in self.run._selectors if self.site.part == "self" else ():
+        for selector in self.run._selectors if entries.frames is not None else ():  # the prompt has none
             found = selector.plan(q, entries, self.site)
             if found is None:
                 continue
@@ -414,8 +425,20 @@ class Call:
         self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
         return over_entries(kernel, q, entries, scale, plan)
 
+    def read_all(self, q: Tensor, entries: Entries) -> Partial:
+        """Attention of `q` over all of `entries`; not counted: for queries of text beside those of the video."""
+        return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, None)
+
     def _count(self, q: Tensor, keys: Any) -> None:
         self.keys_read += keys * q.shape[0] * q.shape[2] / self.lanes
+
+
+def _progress(scheduler: Any) -> tuple[int, int]:
+    """The step that a pipeline's scheduler is at, and its steps; 0 of 1 where it counts none."""
+    timesteps, step = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
+    if timesteps is None:
+        return 0, 1
+    return (getattr(scheduler, "begin_index", None) or 0) if step is None else step, len(timesteps)
 
 
 def _with_seconds(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """Where in a generation one attention call happens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .grid import Grid
+
+if TYPE_CHECKING:
+    from .joint import Text
 
 Part = Literal["self", "cross"]
 Phase = Literal["denoise", "clean"]
@@ -17,6 +20,7 @@ class Site:
     runs a finished block once more at t = 0 to write its keys, has `step == steps` and `phase == "clean"`. `block`
     counts chunks of the video and `start` is the latent frame its first token belongs to; a bidirectional model has
     one block that starts at 0. `branch` keeps the passes of classifier-free guidance apart ("cond", "uncond").
+    `text` says where, in a self-attention joint with it, the text lies; `grid` is of the video's tokens alone.
     """
 
     layer: int
@@ -28,3 +32,4 @@ class Site:
     phase: Phase
     branch: str
     grid: Grid
+    text: "Text | None" = None

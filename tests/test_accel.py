@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
 from test_policies import generate
 from tiny import tiny_components, tiny_pipeline
 
 from diffaccel import (
     Accel,
+    AnnSA,
     FlashBlock,
     FrameWindow,
     KnobError,
@@ -90,7 +91,7 @@ def test_block_techniques_are_refused_where_there_are_no_blocks(accel):
 
 
 def test_unknown_pipeline_is_refused():
-    with pytest.raises(UnsupportedError, match="families: Wan; got object"):
+    with pytest.raises(UnsupportedError, match="families: Wan, HunyuanVideo; got object"):
         Accel().apply(object())
 
 
@@ -112,6 +113,32 @@ def test_stock_pipeline_goes_through_the_seam():
     assert prompt.calls == 3 * 2 * 2  # steps, branches, layers
     assert prompt.keys_total == prompt.calls * 512
     assert prompt.keys_read == 3 * 2 * ((4 + 1) + (1 + 1))  # "a red circle </s>" and "</s>", one padding key each
+    assert torch.equal(go(), plain)
+
+
+@pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])
+def test_a_selection_in_a_whole_video_at_once(kind):
+    """9 latent frames of 6 tokens; video-to-video runs 4 of 5 steps, and only its scheduler knows which."""
+    pipe = kind(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    again = kind is WanVideoToVideoPipeline
+    video = {"video": torch.rand(33, 3, 32, 48), "strength": 0.8} if again else {"num_frames": 33}
+
+    def go():
+        generator = torch.Generator().manual_seed(3)
+        settings = {"height": 32, "width": 48, "num_inference_steps": 5, "output_type": "latent"}
+        return pipe(prompt="a red circle", generator=generator, guidance_scale=2.0, **video, **settings).frames
+
+    plain = go()
+    with Accel(selection=AnnSA(density=1))(pipe):
+        torch.testing.assert_close(go(), plain, atol=1e-5, rtol=0)
+    with Accel(selection=AnnSA(0.5, dense_steps=0.2, summaries=False))(pipe) as run:
+        assert (go() - plain).abs().max() > 1e-3
+    counts, chosen = run.report().slots["selection"], 3 if again else 4  # steps after a dense first one
+    assert counts.engaged
+    assert counts.calls == 2 * 2 * (1 + chosen)  # branches, layers, steps
+    assert counts.keys_total == counts.calls * 54
+    assert (counts.keys_read / (2 * 2) - 54) / chosen == pytest.approx(0.5 * 54, abs=4)  # to half a block of keys
     assert torch.equal(go(), plain)
 
 

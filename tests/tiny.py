@@ -1,9 +1,24 @@
-"""Random components of toy size: everything a Wan pipeline needs, built in memory in about a second."""
+"""Random components of toy size: all that a pipeline needs, built in memory in about a second."""
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 WORDS = [*SPECIAL, "a", "the", "red", "blue", "green", "circle", "square", "moves", "left", "right", "up", "down"]
@@ -87,3 +102,59 @@ def tiny_pipeline(sampler: str = "multistep", **transformer):
     pipe = CausalWanPipeline(**tiny_components(**transformer), sampler=sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_hunyuan_video(layers: int = 2, single_layers: int = 2, guidance_embeds: bool = True, **changes):
+    """A random HunyuanVideo transformer of so many dual-stream and single-stream blocks, its text scaled up."""
+    torch.manual_seed(4)
+    settings = {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "num_layers": layers,
+        "num_single_layers": single_layers,
+        "num_refiner_layers": 1,
+        "guidance_embeds": guidance_embeds,
+        "text_embed_dim": TEXT_DIM,
+        "pooled_projection_dim": 16,
+        "rope_axes_dim": (8, 8, 8),
+    }
+    model = HunyuanVideoTransformer3DModel(**(settings | changes))
+    with torch.no_grad():
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.attn.norm_q.weight.mul_(3)  # attention that tells keys apart
+        model.context_embedder.proj_in.weight.mul_(3)
+    return model.eval()
+
+
+def tiny_hunyuan_pipeline(**transformer):
+    """A `HunyuanVideoPipeline` of tiny components, without a progress bar."""
+    torch.manual_seed(5)
+    small = {"vocab_size": len(WORDS), "intermediate_size": 32, "num_attention_heads": 2, "pad_token_id": 0}
+    llama = LlamaConfig(hidden_size=TEXT_DIM, num_hidden_layers=2, max_position_embeddings=512, **small)
+    clip = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, bos_token_id=1, eos_token_id=2, **small)
+    pipe = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=tiny_tokenizer(512),
+        text_encoder_2=CLIPTextModel(clip).eval(),
+        tokenizer_2=tiny_tokenizer(77),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=tiny_hunyuan_video(**transformer),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text_of(lengths: tuple[int, ...], seed: int = 0, tokens: int = 12) -> dict[str, torch.Tensor]:
+    """Prompt embeddings of a `HunyuanVideoPipeline`, of so many tokens in each row before padding that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    return {
+        "prompt_embeds": torch.randn(rows, tokens, TEXT_DIM, generator=generator),
+        "pooled_prompt_embeds": torch.randn(rows, 16, generator=generator),
+        "prompt_attention_mask": (torch.arange(tokens) < torch.tensor(lengths)[:, None]).float(),
+    }

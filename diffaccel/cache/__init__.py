@@ -2,8 +2,8 @@
 
 from .budget import Extent
 from .dense import KVCache
-from .entries import Entries
+from .entries import Entries, Reader
 from .memory import Memory
 from .tiers import ExactTier, Fixed, Tier
 
-__all__ = ["Entries", "ExactTier", "Extent", "Fixed", "KVCache", "Memory", "Tier"]
+__all__ = ["Entries", "ExactTier", "Extent", "Fixed", "KVCache", "Memory", "Reader", "Tier"]

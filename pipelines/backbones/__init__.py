@@ -2,8 +2,10 @@
 
 from diffaccel.backbone import register
 
+from .hunyuan_video import HunyuanVideo
 from .wan import Wan
 
 register(Wan())
+register(HunyuanVideo())
 
-__all__ = ["Wan"]
+__all__ = ["HunyuanVideo", "Wan"]

@@ -10,23 +10,18 @@ from torch import Tensor, nn
 
 from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
-from diffaccel.grid import Grid
-from diffaccel.port import Port, compiled_attend
+from diffaccel.port import Port
 from diffaccel.rotary import rotate
 from diffaccel.run import Run
 
 from ._diffusers import (
-    HookRegistry,
-    ModelHook,
-    StateManager,
     WanAttention,
     WanAttnProcessor,
     WanRotaryPosEmbed,
     _get_qkv_projections,
     get_1d_rotary_pos_embed,
 )
-
-_HOOK = "diffaccel.root"
+from .common import RootHook, ToSeam, exchange
 
 
 class Wan:
@@ -55,46 +50,24 @@ class Wan:
         return None
 
     def install(self, denoiser: Any, run: Run, first_layer: int) -> Callable[[], None]:
-        attentions = []
+        ports = []
         for layer, block in enumerate(denoiser.blocks, first_layer):
-            attentions += [(block.attn1, Port(run, layer, "self")), (block.attn2, Port(run, layer, "cross"))]
-        for attention, _ in attentions:
-            if type(attention.processor) is not WanAttnProcessor:
-                raise UnsupportedError(
-                    f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
-                    "already: remove it first, diffaccel replaces the stock processor only"
-                )
-            if attention.processor._parallel_config is not None:
-                raise UnsupportedError("context parallelism splits the tokens a policy decides about: disable it first")
-        before = [attention.processor for attention, _ in attentions]
-        for attention, port in attentions:
-            attention.processor = _Processor(port)
+            ports += [(block.attn1, Port(run, layer, "self")), (block.attn2, Port(run, layer, "cross"))]
+        give_back = exchange(
+            denoiser, ports, WanAttnProcessor, _Processor, RootHook(run, tuple(denoiser.config.patch_size))
+        )
         rope = denoiser.rope.register_forward_hook(_Rotary(run))
         run.later = partial(_later, denoiser.rope)
-        attributes = set(vars(denoiser))
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        registry.register_hook(_RootHook(run), _HOOK)
-        registry.invalidate_child_registries_cache()
 
         def undo() -> None:
-            registry.remove_hook(_HOOK, recurse=False)
-            registry.invalidate_child_registries_cache()
             rope.remove()
-            for (attention, _), processor in zip(attentions, before, strict=True):
-                attention.processor = processor
-            if not registry.hooks:
-                for name in set(vars(denoiser)) - attributes:
-                    delattr(denoiser, name)
+            give_back()
 
         return undo
 
 
-class _Processor(WanAttnProcessor):
+class _Processor(ToSeam, WanAttnProcessor):
     """The stock processor with its kernel call replaced by the seam."""
-
-    def __init__(self, port: Port) -> None:
-        super().__init__()
-        self.port, self.handle = port, port.handle
 
     def __call__(
         self,
@@ -115,15 +88,10 @@ class _Processor(WanAttnProcessor):
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        out = self._attend(q, k, v).flatten(2, 3).type_as(q)
+        out = self.attend(q, k, v).flatten(2, 3).type_as(q)
         if image is not None:
             out = out + self._attend_image(attn, q, image)
         return attn.to_out[1](attn.to_out[0](out))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return compiled_attend(q, k, v, self.handle)
-        return self.port.attend(q, k, v)
 
     def _attend_image(self, attn: WanAttention, q: Tensor, image: Tensor) -> Tensor:
         """Cross-attention to the condition image of Wan's image-to-video models: 257 keys, never worth a policy."""
@@ -173,37 +141,3 @@ def _time_angles(rope: WanRotaryPosEmbed, start: int, frames: int) -> tuple[Tens
     return get_1d_rotary_pos_embed(
         rope.t_dim, places, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64
     )
-
-
-class _RootHook(ModelHook):
-    """Tells the run where a forward stands before it, and commits a finished block after it."""
-
-    _is_stateful = True
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-        self.contexts = StateManager(dict)
-
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        names = ("hidden_states", "timestep", "encoder_hidden_states")
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        frames, height, width = kwargs["hidden_states"].shape[2:]
-        p_t, p_h, p_w = module.config.patch_size
-        context = self.contexts._context
-        self.run.enter(
-            Grid(frames // p_t, height // p_h, width // p_w),
-            branch=context.name if context else None,
-            step=context.step_index if context else None,
-            steps=context.num_inference_steps if context else None,
-        )
-        kwargs["encoder_hidden_states"] = self.run.prepare_prompt(kwargs["encoder_hidden_states"])
-        return args[len(names) :], kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.run.leave()
-        return output
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.run.forget()
-        return module

@@ -1,0 +1,125 @@
+"""What the families share: how a model's attention is exchanged and given back, and the one hook on its root."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.errors import UnsupportedError
+from diffaccel.grid import Grid
+from diffaccel.joint import Text
+from diffaccel.port import Port, compiled_attend
+from diffaccel.run import Run
+
+from ._diffusers import HookRegistry, ModelHook, StateManager
+
+_HOOK = "diffaccel.root"
+
+
+class ToSeam:
+    """Mixed into a stock processor, in front of its class: what takes the place of its kernel call."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__()
+        self.port, self.handle = port, port.handle
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of (B, S, H, D) queries to (B, N, H, D) keys and values."""
+        if torch.compiler.is_compiling():
+            return compiled_attend(q, k, v, self.handle)
+        return self.port.attend(q, k, v)
+
+
+class RootHook(ModelHook):
+    """Tells the run where a forward stands before it, and commits a finished block after it."""
+
+    _is_stateful = True
+    # of the model's forward, in order
+    arguments: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states")
+
+    def __init__(self, run: Run, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.run, self.patch = run, patch
+        self.contexts = StateManager(dict)
+        self.prompts: list[weakref.ref[Tensor]] = []  # of each branch, where the pipeline names none
+
+    def text(self, arguments: dict[str, Any]) -> Text | None:
+        """Where the text lies in the tokens of a joint attention; None where the text is read by cross-attention."""
+        return None
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        sizes = given["hidden_states"].shape[2:]
+        context = self.contexts._context
+        self.run.enter(
+            Grid(*(size // side for size, side in zip(sizes, self.patch, strict=True))),
+            branch=context.name if context else self._branch(given["encoder_hidden_states"]),
+            step=context.step_index if context else None,
+            steps=context.num_inference_steps if context else None,
+            text=self.text(given),
+        )
+        prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
+        if len(args) > 2:
+            return (*args[:2], prompt, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": prompt}
+
+    def _branch(self, prompt: Tensor) -> str:
+        """A name for the forwards that get this very tensor: a pipeline keeps one for each branch of guidance."""
+        known = [ref() for ref in self.prompts]
+        for wanted in (prompt, None):  # its own place, or one whose prompt is gone
+            for number, other in enumerate(known):
+                if other is wanted:
+                    self.prompts[number] = weakref.ref(prompt)
+                    return f"branch {number}"
+        self.prompts.append(weakref.ref(prompt))
+        return f"branch {len(known)}"
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.run.leave()
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.run.forget()
+        return module
+
+
+def exchange(
+    denoiser: nn.Module,
+    ports: Sequence[tuple[Any, Port]],
+    stock: Any,
+    processor: Callable[[Port], Any],
+    hook: RootHook,
+) -> Callable[[], None]:
+    """Give each attention the `processor` of its port in place of one of class `stock`, and the root its hook.
+
+    Returns what undoes that exactly. Raises `UnsupportedError`, with nothing changed, where an attention runs another
+    processor or is split by context parallelism.
+    """
+    for attention, _ in ports:
+        if type(attention.processor) is not stock:
+            raise UnsupportedError(
+                f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
+                "already: remove it first, diffaccel replaces the stock processor only"
+            )
+        if attention.processor._parallel_config is not None:
+            raise UnsupportedError("context parallelism splits the tokens a policy decides about: disable it first")
+    before = [attention.processor for attention, _ in ports]
+    for attention, port in ports:
+        attention.processor = processor(port)
+    attributes = set(vars(denoiser))
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(hook, _HOOK)
+    registry.invalidate_child_registries_cache()
+
+    def undo() -> None:
+        registry.remove_hook(_HOOK, recurse=False)
+        registry.invalidate_child_registries_cache()
+        for (attention, _), processor in zip(ports, before, strict=True):
+            attention.processor = processor
+        if not registry.hooks:
+            for name in set(vars(denoiser)) - attributes:
+                delattr(denoiser, name)
+
+    return undo
