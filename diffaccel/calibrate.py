@@ -59,6 +59,7 @@ def calibrate(
 
     Every prompt makes one dense video, from the same noise. Wherever AnnSA would choose, it does so on the side at each
     of the densities; the share is averaged over the calls and branches, queries, and videos of a step, layer and head.
+    That holds a sorted copy of the past for each density.
 
     Args:
         policy: AnnSA with the knobs it will run with; density, layers and those of profiles stay at their defaults.
@@ -156,10 +157,10 @@ class Recorder(Selector):
         return self.policies[0].apart(site)
 
     def plan(self, q: Tensor, entries: "Entries", site: "Site") -> None:
+        auto = kernel.resolve("auto", q.device, q.dtype, q.shape[-1])
         for policy in self.policies:
             chosen = policy.plan(q, entries, site)
             if chosen is not None:
-                auto = kernel.resolve("auto", q.device, q.dtype, q.shape[-1])
                 recall = mass_read(auto, q, entries, chosen, q.shape[-1] ** -0.5).mean((0, 1))
                 key = (policy.density, site.step, site.layer)
                 self.sums[key] = self.sums[key] + recall if key in self.sums else recall

@@ -171,7 +171,7 @@ class Profile:
         """The numbers (layers, heads) at a place along every axis: interpolated, the nearest end outside."""
         values = self.tables[table]
         for name, places in self.axes.items():
-            wanted = min(max(where[name], places[0]), places[-1])
+            wanted = min(where[name], places[-1])
             above = bisect_left(places, wanted)
             below = max(0, above - 1)
             share = (wanted - places[below]) / (places[above] - places[below]) if above else 0.0

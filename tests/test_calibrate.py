@@ -205,6 +205,9 @@ def test_a_checkpoint_is_the_same_in_float32_bfloat16_and_offloaded():
     with torch.no_grad():
         changed.blocks[1].attn2.to_k.weight.mul_(1.02)
     assert fingerprint(changed) != wanted
+    line, column = torch.nn.Linear(8, 1, bias=False), torch.nn.Linear(1, 8, bias=False)
+    column.weight.data = line.weight.data.T
+    assert fingerprint(line) != fingerprint(column)
     offloaded = tiny_transformer()
     accelerate.cpu_offload(offloaded, execution_device="cpu")
     assert offloaded.blocks[0].attn1.to_q.weight.is_meta
@@ -232,11 +235,10 @@ def test_layers_that_the_model_does_not_have_are_refused(pipe):
 
 def test_what_is_saved_is_loaded_rounded(measured, saved):
     found = load(saved)
-    np.testing.assert_allclose(found.tables["recall"], measured.tables["recall"], atol=5.1e-5)
+    np.testing.assert_array_equal(found.tables["recall"], measured.tables["recall"].round(4))
     assert found.axes == measured.axes
     for name in ("method", "model", "shape", "prompts", "knobs", "versions"):
         assert getattr(found, name) == getattr(measured, name)
-    assert saved.stat().st_size < 3000
 
 
 def spoil(content, **changes):
@@ -251,6 +253,7 @@ MALFORMED = {
     "lacking": (lambda c: {k: v for k, v in c.items() if k not in ("model", "axes")}, "lacks model, axes"),
     "model": (lambda c: spoil(c, model={"layers": 4}), "is damaged"),
     "axes": (lambda c: spoil(c, axes={"density": "low", "step": [2, 3]}), "is damaged"),
+    "axes list": (lambda c: spoil(c, axes=[[0.2, 0.4], [2, 3]]), "is damaged"),
     "shape": (lambda c: spoil(c, shape={"width": 48}), "is damaged ('steps')"),
     "ragged": (lambda c: spoil(c, tables={"recall": [[1.0], [1.0, 2.0]]}), "is damaged"),
     "other axes": (
@@ -321,6 +324,8 @@ def test_places_between_those_measured_are_interpolated(measured, tmp_path):
     assert [first(0.2, step, 13) for step in (7, 8, 9, 12)] == pytest.approx([0, 0, 1, 4])
     assert first(0.3, 10, 13) == pytest.approx(7)
     assert first(0.2, 0, 1) == 0
+    profile = replace(profile, axes=profile.axes | {"step": (3, 4)})  # the clean pass was measured
+    assert [first(0.2, step, 13) for step in (12, 13)] == [0, 4]
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.7, 1.0])
