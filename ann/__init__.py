@@ -3,7 +3,7 @@
 if __name__ == "ann":
     raise ImportError("this folder is the package diffaccel.ann; write `from diffaccel.ann import ...`")
 
-from .balanced import inverse, order
+from .balanced import Ordered, inverse, order, ordered
 from .faiss import Faiss
 from .flat import Flat
 from .index import Found, Index
@@ -21,11 +21,13 @@ __all__ = [
     "Found",
     "Index",
     "KMeans",
+    "Ordered",
     "ProductQuantized",
     "Quantized",
     "Row",
     "frontier",
     "inverse",
     "order",
+    "ordered",
     "recall",
 ]

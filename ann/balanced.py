@@ -1,15 +1,24 @@
 """An order that puts near points side by side, for attention that reads and is masked by equal blocks."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .hashing import MAX_BITS, generator, gray_rank, pack, sort_key
-from .index import check_vectors, distances_between, prepared, require, require_at_least
-from .kmeans import lloyd, seeds, to_nearest
+from .index import at_once, check_vectors, distances_between, prepared, require, require_at_least
+from .kmeans import lloyd, to_nearest
 
 METHODS = ("lsh", "kmeans")
 _SUBSPACE_ITERATIONS = 4
 _ROUNDING = 1e-4  # of the largest projection
+
+
+class Ordered(NamedTuple):
+    """A permutation (..., N) int64, and the centroids (..., K, D) it follows, one after another (None for "lsh")."""
+
+    permutation: Tensor
+    centroids: Tensor | None
 
 
 @torch.no_grad()
@@ -32,19 +41,65 @@ def order(
 
     FAST-AR (arXiv 2602.01801, section 5.1) reads keys that hashing puts together.
     """
+    return ordered(points, method, n_bits=n_bits, clusters=clusters, iterations=iterations, seed=seed).permutation
+
+
+@torch.no_grad()
+def ordered(
+    points: Tensor,
+    method: str = "kmeans",
+    *,
+    n_bits: int = 8,
+    clusters: int = 64,
+    iterations: int = 4,
+    sample: int | None = None,
+    seed: int = 0,
+    centroids: Tensor | None = None,
+) -> Ordered:
+    """As `order`, with what the next points may be ordered by.
+
+    `centroids` (..., K, D), of points that were much like these, take the place of `clusters` seeds and of their chain:
+    that leaves `iterations` of k-means, a tenth of the operations, and the same clusters in the same places. With a
+    `sample` k-means looks at so many of the points, drawn at random, and only then puts all of them into clusters.
+    """
     check_vectors("points", points)
     require(method in METHODS, f"method is one of {', '.join(METHODS)}, got {method!r}")
     require(1 <= n_bits <= MAX_BITS, f"n_bits is between 1 and {MAX_BITS}, got n_bits={n_bits!r}")
-    require_at_least(1, clusters=clusters)
+    require_at_least(1, clusters=clusters, sample=clusters if sample is None else sample)
     require_at_least(0, iterations=iterations)
+    lead, count, dims = points.shape[:-2], *points.shape[-2:]
     points_PND = prepared(points, "l2")
-    points_PND = points_PND - points_PND.mean(1, keepdim=True)
     if method == "lsh":
-        major, minor = _hashed(points_PND, n_bits, seed)
+        require(centroids is None, "hashing has no centroids to start from: leave centroids out")
+        code, along = _hashed(points_PND - points_PND.mean(1, keepdim=True), n_bits, seed)
+        keys = sort_key(code, along / _spread(along))
+        return Ordered(keys.argsort(dim=1, stable=True).view(points.shape[:-1]), None)
+    seen = points_PND
+    if sample is not None and sample < count:
+        drawn = torch.randint(count, (sample,), generator=generator(seed, points.device), device=points.device)
+        seen = points_PND[:, drawn]
+    expected = (*lead, clusters if centroids is None else centroids.shape[-2], dims)
+    require(
+        centroids is None or (centroids.shape == expected and expected[-2] <= seen.shape[1]),
+        f"centroids are (..., K, D) with K at most the number of points that k-means looks at, here {expected} and "
+        f"{seen.shape[1]} points, got {None if centroids is None else tuple(centroids.shape)}",
+    )
+    mean = (seen if centroids is None else prepared(centroids, "l2")).mean(1, keepdim=True)
+    points_PND = points_PND - mean  # so that few digits are lost in squares
+    seen = points_PND if seen.shape[1] == count else seen - mean
+    if centroids is None:
+        chained = _chained(seen, min(clusters, seen.shape[1]), iterations, seed)
     else:
-        major, minor = _clustered(points_PND, min(clusters, points.shape[-2]), iterations, seed)
-    spread = minor.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
-    return sort_key(major, minor / spread).argsort(dim=1, stable=True).view(points.shape[:-1])
+        chained = lloyd(seen, prepared(centroids, "l2") - mean, iterations, spherical=False, refill=False)
+    cluster, along = _along(points_PND, chained)
+    keys = cluster + 0.9999 * (along / _spread(along)).sigmoid()
+    return Ordered(
+        keys.argsort(dim=1, stable=True).view(points.shape[:-1]), (chained + mean).view(*lead, *chained.shape[1:])
+    )
+
+
+def _spread(along_PN: Tensor) -> Tensor:
+    return along_PN.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def inverse(permutation: Tensor) -> Tensor:
@@ -70,21 +125,34 @@ def _principal(points_PND: Tensor, count: int, seed: int) -> Tensor:
     return directions
 
 
-def _clustered(points_PND: Tensor, clusters: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
-    centroids = lloyd(points_PND, seeds(points_PND, clusters, seed), iterations, spherical=False)
-    chain = _chain(centroids)
-    centroids = centroids.gather(1, chain[..., None].expand_as(centroids))
-    cluster = to_nearest(points_PND, centroids)[1]
-    before, after = centroids[:, :1], centroids[:, -1:]
-    along = torch.cat([centroids[:, 1:], after], dim=1) - torch.cat([before, centroids[:, :-1]], dim=1)
-    along, centre = (x.gather(1, cluster[..., None].expand_as(points_PND)) for x in (along, centroids))
-    return cluster, ((points_PND - centre) * torch.nn.functional.normalize(along, dim=-1)).sum(-1)
+def _chained(points_PND: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
+    """Centroids of k-means (P, K, D), neighbours side by side.
+
+    From points drawn at random: k-means++ draws one after another, and blocks come out tighter by a hundredth at most.
+    """
+    count, device = points_PND.shape[1], points_PND.device
+    drawn = torch.rand(count, generator=generator(seed, device), device=device).argsort()[:clusters]
+    centroids = lloyd(points_PND, points_PND[:, drawn], iterations, spherical=False)
+    return centroids.gather(1, _chain(centroids)[..., None].expand_as(centroids))
+
+
+def _along(points_PND: Tensor, centroids_PKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Each point's cluster, and its place in it on the way from the cluster before to the one after; both (P, N)."""
+    cluster = to_nearest(points_PND, centroids_PKD)[1]
+    ends = torch.cat([centroids_PKD[:, :1], centroids_PKD, centroids_PKD[:, -1:]], dim=1)
+    along = torch.nn.functional.normalize(ends[:, 2:] - ends[:, :-2], dim=-1)
+    parts = points_PND.split(at_once(points_PND, along.shape[1]), dim=1)
+    place = torch.cat([part @ along.mT for part in parts], dim=1)  # of every point along every way: one product
+    start = (along * centroids_PKD).sum(-1)
+    return cluster, place.gather(2, cluster[..., None]).squeeze(2) - start.gather(1, cluster)
 
 
 def _chain(centroids_PKD: Tensor) -> Tensor:
     """An outermost cluster, the one nearest to it, the one of the rest nearest to that, ...: int64 (P, K)."""
     distances = distances_between(centroids_PKD, centroids_PKD, "l2")
-    last = centroids_PKD.square().sum(-1).argmax(-1, keepdim=True)  # the mean of all points is zero
+    outward = centroids_PKD.square().sum(-1)  # the mean of all points is zero
+    first = torch.linspace(1, 0.999, outward.shape[1], device=outward.device)  # of two equally far, not by rounding
+    last = (outward * first).argmax(-1, keepdim=True)
     chain = [last]
     for _ in range(distances.shape[1] - 1):
         distances = distances.scatter(2, last[..., None].expand(-1, distances.shape[1], 1), torch.inf)  # not again

@@ -105,18 +105,22 @@ def seeds(points_PND: Tensor, clusters: int, seed: int) -> Tensor:
     return torch.cat(centroids, dim=1)
 
 
-def lloyd(points_PND: Tensor, centroids_PKD: Tensor, iterations: int, spherical: bool) -> Tensor:
-    """Centroids after so many iterations."""
+def lloyd(points_PND: Tensor, centroids_PKD: Tensor, iterations: int, spherical: bool, refill: bool = True) -> Tensor:
+    """Centroids after so many iterations; a cluster that runs empty takes the farthest point or, without `refill`,
+    stays where it is."""
     clusters = centroids_PKD.shape[1]
-    lengths, one = points_PND.square().sum(-1), points_PND.new_ones(()).expand(points_PND.shape[:2])
+    lengths = points_PND.square().sum(-1) if refill else torch.empty(0)
+    one = points_PND.new_ones(()).expand(points_PND.shape[:2])
     for _ in range(iterations):
         apart, nearest = to_nearest(points_PND, centroids_PKD)
         sums = torch.zeros_like(centroids_PKD).scatter_add_(1, nearest[..., None].expand_as(points_PND), points_PND)
         sizes = torch.zeros_like(centroids_PKD[..., 0]).scatter_add_(1, nearest, one)[..., None]
-        empty = sizes == 0
-        farthest = (apart + lengths).topk(clusters).indices
-        turn = (empty.cumsum(1) - 1).clamp(min=0).squeeze(-1)  # the first empty cluster takes the farthest point, ...
-        means = torch.where(empty, _at(points_PND, farthest.gather(1, turn)), sums / sizes.clamp(min=1))
+        empty, instead = sizes == 0, centroids_PKD
+        if refill:
+            farthest = (apart + lengths).topk(clusters).indices
+            turn = (empty.cumsum(1) - 1).clamp(min=0).squeeze(-1)  # the first empty one takes the farthest point, ...
+            instead = _at(points_PND, farthest.gather(1, turn))
+        means = torch.where(empty, instead, sums / sizes.clamp(min=1))
         centroids_PKD = torch.nn.functional.normalize(means, dim=-1) if spherical else means
     return centroids_PKD
 
@@ -126,6 +130,8 @@ def to_nearest(points_PND: Tensor, centroids_PKD: Tensor) -> tuple[Tensor, Tenso
     squares = centroids_PKD.square().sum(-1)[:, None]
     parts = points_PND.split(at_once(points_PND, centroids_PKD.shape[1]), dim=1)
     found = [torch.baddbmm(squares, part, centroids_PKD.mT, alpha=-2).min(-1) for part in parts]
+    if len(found) == 1:
+        return found[0].values, found[0].indices
     return torch.cat([part.values for part in found], dim=1), torch.cat([part.indices for part in found], dim=1)
 
 
