@@ -29,7 +29,7 @@ class Accel:
         print(run.report())
 
     `kernel`: "auto" takes the fastest kernel that can run there and the report names it; an explicit one ("sdpa",
-    "fa3", "reference", "split") is used or refused, it never falls back.
+    "fa3", "fa4", "reference", "split") is used or refused, it never falls back.
 
     Raises `KnobError` for a policy in the wrong slot or an unknown kernel.
     """

@@ -1,5 +1,6 @@
 """Attention by lists of key blocks: what it means, and that every way to compute it computes that."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from oracle import assert_within
 
 from diffaccel import KernelError, KnobError
 from diffaccel.kernel import KERNELS
-from diffaccel.kernel.block_sparse import BlockLists, Summary, block_sparse, gathered, written_out
+from diffaccel.kernel.block_sparse import BlockLists, Summary, block_sparse, by_fa4, gathered, written_out
 from diffaccel.kernel.merge import HAS_TRITON
 
 if HAS_TRITON:
@@ -141,6 +142,23 @@ def test_fused_is_the_contract(case, tma, keys):
 
 
 @needs_triton
+def test_the_means_are_merged_with_what_another_kernel_read():
+    sizes = {"b": 2, "h": 3, "s": 37, "n": 83, "d": 48}
+    case = Case(**sizes, parts=("order", "summary"))
+    order = case.options["order"]
+
+    def merged(q, k, v, blocks, *, scale, order, summary):
+        rows = order[..., None].expand(-1, -1, -1, q.shape[3])
+        ordered = q.transpose(1, 2).gather(2, rows).transpose(1, 2)
+        part = written_out(ordered, k, v, blocks, scale=scale)
+        return attend(q, k, v, blocks, scale, order, summary=summary, part=(part.out, part.lse.transpose(1, 2)))
+
+    assert (case.blocks.counts == 0).any()  # an empty part is nothing
+    assert not torch.equal(order, torch.arange(37).expand_as(order))
+    case.check(merged)
+
+
+@needs_triton
 def test_full_lists_are_dense_attention():
     case = Case(lists="full", s=33, n=70)
     dense = KERNELS["reference"].partial(case.q, case.k, case.v, scale=SCALE)
@@ -260,8 +278,31 @@ def test_every_configuration_is_the_contract(case, config):
     on_a_gpu(LARGE[case], torch.bfloat16, partial(attend, config=config))
 
 
-def on_a_gpu(sizes, dtype, compute):
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"s": 300, "n": 1111},
+        {"s": 256, "n": 1024, "parts": ("order",), "key_block": 64},
+        {"b": 2, "h": 3, "s": 389, "n": 2305, "parts": ("order", "summary"), "query_block": 256},
+    ],
+    ids=["ragged", "whole", "everything"],
+)
+def test_fa4_is_the_contract_on_a_gpu(sizes, d, dtype):
+    reason = KERNELS["fa4"].unusable(torch.device("cuda"), dtype, d)
+    if reason:
+        pytest.skip(f"fa4: {reason}")
+    on_a_gpu({"d": d, **sizes}, dtype, by_fa4, ascending=True)
+
+
+def on_a_gpu(sizes, dtype, compute, ascending=False):
     case = Case(**{"d": 128, "query_block": 128, "key_block": 128, **sizes}, dtype=dtype, device="cuda")
+    if ascending:  # what is past the counts is larger than any id
+        case.blocks = replace(case.blocks, lists=case.blocks.lists.sort(-1).values, ascending=True)
     exact = written_out(*(x.double() for x in (case.q, case.k, case.v)), case.blocks, scale=SCALE, **case.options)
     case.check(compute, exact)
 

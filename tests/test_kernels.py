@@ -22,7 +22,7 @@ SHAPES = [  # B, S, N, H, D
 ]
 HERE = [name for name in KERNELS if KERNELS[name].unusable(torch.device("cpu"), torch.float32, 64) is None]
 CASES = [(name, "cpu") for name in HERE] + [
-    pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("reference", "sdpa", "split", "fa3")
+    pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("reference", "sdpa", "split", "fa3", "fa4")
 ]
 KINDS = ["plain", "weights", "columns", "plan", "plan and weights"]
 

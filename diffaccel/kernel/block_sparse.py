@@ -1,11 +1,13 @@
 """Attention in which each block of queries reads its own list of key blocks, head by head.
 
-A fused kernel reads the listed blocks where they lie. `written_out` defines what it computes, and runs where there is
-no GPU. `gathered` is the other way: it copies the listed blocks together and leaves them to a dense kernel.
+FlashAttention-4 or a fused Triton kernel reads the listed blocks where they lie. `written_out` defines what they
+compute, and runs where there is no GPU. `gathered` is the other way: it copies the listed blocks together and leaves
+them to a dense kernel.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import KernelError, KnobError
+from . import fa4
 from .merge import HAS_TRITON, Partial, nothing
 
 
@@ -22,14 +25,15 @@ class BlockLists:
     """Which blocks of keys each block of queries reads, head by head.
 
     Block i of the keys covers keys [i * key_block, (i + 1) * key_block), and so for queries; the last may be shorter.
-    A list names a block once at most, in any order; ascending lists let programs that run together share what they
-    load.
+    A list names a block once at most. Ascending lists let programs that run together share what they load, and more
+    kernels take them.
     """
 
     lists: Tensor  # (B, H, QB, M) int32 ids of key blocks; those past `counts` are ignored
     counts: Tensor  # (B, H, QB) int32
     query_block: int
     key_block: int
+    ascending: bool = False  # ids rise along every list
 
     def __post_init__(self) -> None:
         if self.lists.shape[:-1] != self.counts.shape or self.lists.ndim != 4:
@@ -42,8 +46,22 @@ class BlockLists:
         if self.query_block < 1 or self.key_block < 1:
             raise KnobError(f"blocks hold one token at least, got {self.query_block} and {self.key_block}")
 
+    @cached_property
+    def none(self) -> Tensor:
+        """Counts of empty lists."""
+        return torch.zeros_like(self.counts)
+
     def listed(self, key_blocks: int) -> Tensor:
         """Which of `key_blocks` blocks each list names, bool (B, H, QB, NB)."""
+        if key_blocks not in self._listed:
+            self._listed[key_blocks] = self._mark(key_blocks)
+        return self._listed[key_blocks]
+
+    @cached_property
+    def _listed(self) -> dict[int, Tensor]:
+        return {}
+
+    def _mark(self, key_blocks: int) -> Tensor:
         past = torch.arange(self.lists.shape[-1], device=self.lists.device) >= self.counts[..., None]
         ids = self.lists.masked_fill(past, key_blocks).long()  # those past the end mark one block too many
         found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=ids.device)
@@ -79,11 +97,45 @@ def block_sparse(
     _check(q, k, v, blocks, scale, order)
     if 0 in (q.numel(), k.numel()):
         return nothing(q)
-    if q.is_cuda and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 256:
+    path = fastest(q, k, blocks, log_weight)
+    if path == "fa4":
+        return by_fa4(q, k, v, blocks, scale=scale, order=order, summary=summary)
+    if path == "triton":
         from . import fused_block_sparse
 
         return Partial(*fused_block_sparse.attend(q, k, v, blocks, scale, order, log_weight, summary))
     return written_out(q, k, v, blocks, scale=scale, order=order, log_weight=log_weight, summary=summary)
+
+
+def fastest(q: Tensor, k: Tensor, blocks: BlockLists, log_weight: Tensor | None) -> str:
+    """What `block_sparse` runs: "fa4", "triton" or "written out".
+
+    FA4 was the faster wherever it can run (samples/RESULTS.md): a fifth to a third at densities above 0.1.
+    """
+    if not (q.is_cuda and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 256):
+        return "written out"
+    if log_weight is not None or fa4.cannot_list(blocks, k.shape[1]) or fa4.unusable(q.device, q.dtype, q.shape[-1]):
+        return "triton"
+    return "fa4"
+
+
+def by_fa4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockLists,
+    *,
+    scale: float,
+    order: Tensor | None = None,
+    summary: Summary | None = None,
+) -> Partial:
+    """`block_sparse` by FA4, the summary by the fused kernel."""
+    if summary is None:
+        return fa4.listed(q, k, v, blocks, scale=scale, order=order)
+    from . import fused_block_sparse
+
+    part = fa4.listed_in_order(q, k, v, blocks, scale, order)
+    return Partial(*fused_block_sparse.attend(q, k, v, blocks, scale, order, summary=summary, part=part))
 
 
 def written_out(

@@ -157,7 +157,7 @@ def _read(
 @triton.jit(do_not_specialize=["S", "H", "N", "QB", "M", "NB", "listed_row"])
 def _block_sparse(
     q_ptr, k, v, list_ptr, count_ptr, order_ptr, weight_ptr,
-    mean_k_ptr, mean_v_ptr, log_count_ptr, listed_ptr, out_ptr, lse_ptr,
+    mean_k_ptr, mean_v_ptr, log_count_ptr, listed_ptr, part_ptr, part_lse_ptr, out_ptr, lse_ptr,
     qb, qs, qh, kb, kn, kh, vb, vn, vh, S, H, N, QB, M, NB, listed_row, scale,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
@@ -199,6 +199,12 @@ def _block_sparse(
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     peak = tl.full([QUERIES], _FLOOR, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
+    if part_ptr is not None:  # what another kernel read, query by query as they are ordered here
+        part_row = (b.to(tl.int64) * S + place) * H + h
+        acc = tl.load(part_ptr + part_row[:, None] * D + d[None, :], mask=row_ok, other=0.0).to(tl.float32)
+        known = tl.load(part_lse_ptr + head.to(tl.int64) * S + place, mask=place_ok, other=0.0) * _LOG2_E
+        peak = tl.maximum(known, _FLOOR)
+        total = tl.where(known > _FLOOR, 1.0, 0.0)
     start = _start(list_ptr, 0, count, ragged, KEYS, KEY_BLOCK)
     for tile in range(whole):
         # carried over: a load of it in here would be pipelined too, at the cost of stages for keys and values
@@ -249,15 +255,20 @@ def attend(
     log_weight: Tensor | None = None,
     summary: "Summary | None" = None,
     config: Config | None = None,
+    part: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `block_sparse.block_sparse`: out in the dtype of `q` and lse, both contiguous."""
+    """As `block_sparse.block_sparse`: out in the dtype of `q` and lse, both contiguous.
+
+    `part` is what another kernel made of the listed keys, out (B, S, H, D) and lse (B, H, S) of the queries in `order`:
+    then only the summary is read, and merged with it.
+    """
     batch, queries, heads, dim = q.shape
     keys, key_block = k.shape[1], blocks.key_block
     width = max(16, triton.next_power_of_2(dim))
     if config is None:
         major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
         config = configured(width, blocks.query_block, key_block, q.dtype, major)
-    tma = config.tma and key_block % config.keys == 0 and all(_describable(x) for x in (k, v))
+    tma = part is None and config.tma and key_block % config.keys == 0 and all(_describable(x) for x in (k, v))
     tables: tuple[Tensor | None, ...] = (None, None, None, None)
     key_blocks = listed_row = 0
     if summary is not None:
@@ -273,16 +284,17 @@ def attend(
         q,
         *(_described(x, config.keys, width) if tma else x for x in (k, v)),
         blocks.lists.contiguous(),
-        blocks.counts.contiguous(),
+        blocks.counts.contiguous() if part is None else blocks.none,
         None if order is None else order.contiguous(),
         None if log_weight is None else log_weight.contiguous(),
         *tables,
+        *((None, None) if part is None else (x.contiguous() for x in part)),
         out,
         lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         queries, heads, keys, query_blocks, most, key_blocks, listed_row, scale,
         QUERY_BLOCK=blocks.query_block, KEY_BLOCK=key_block, D=dim, WIDTH=width,
-        QUERIES=config.queries, KEYS=config.keys, TMA=tma, RAGGED=keys % key_block != 0,
+        QUERIES=config.queries, KEYS=config.keys, TMA=tma, RAGGED=part is None and keys % key_block != 0,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
