@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .cache import Entries, Fixed, Reader, Tier
+from .cache import Reader, Tier
 from .kernel import Partial, merge
 from .run import Run
 from .site import Site
@@ -31,10 +31,10 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         result = read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)])
     elif (text := site.text) is not None:  # only video chooses, and only among video: text is read by all and reads all
         (q, q_text), (k, k_text), (v, v_text) = map(text.split, (q_BSHD, k_BNHD, v_BNHD))
-        tiers = [Fixed(Entries(k, v, site.grid.frame_of_token(site.start))), text.tier(k_text, v_text)]
+        tiers = [run.whole(k, v, site), text.tier(k_text, v_text)]
         result = Partial(*map(text.join, read(tiers, q), read(tiers, q_text, call.read_all)))
     elif not run.causal:
-        result = read([Fixed(Entries(k_BNHD, v_BNHD, site.grid.frame_of_token(site.start)))])
+        result = read([run.whole(k_BNHD, v_BNHD, site)])
     else:
         memory = run.memory(site)
         memory.place(k_BNHD, v_BNHD, site, q_BSHD)

@@ -28,7 +28,7 @@ from .selection.annsa import AnnSA
 from .selection.recall import mass_read
 
 if TYPE_CHECKING:
-    from .cache import Entries
+    from .cache import Entries, Lasting
     from .site import Site
 
 METHODS = ("annsa",)
@@ -155,6 +155,9 @@ class Recorder(Selector):
 
     def apart(self, site: "Site") -> bool:
         return self.policies[0].apart(site)
+
+    def see_prompt(self, q: Tensor, prompt: "Entries", site: "Site", lasting: "Lasting") -> None:
+        self.policies[0].see_prompt(q, prompt, site, lasting)  # the same for every density
 
     def plan(self, q: Tensor, entries: "Entries", site: "Site") -> None:
         auto = kernel.resolve("auto", q.device, q.dtype, q.shape[-1])

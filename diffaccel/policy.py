@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .backbone import Geometry
-    from .cache import Entries, Extent, Memory, Tier
+    from .cache import Entries, Extent, Lasting, Memory, Tier
     from .grid import Grid
     from .plan import Plan
     from .run import Run
@@ -148,6 +148,9 @@ class Selector(Policy):
 
         A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys.
         """
+
+    def see_prompt(self, q: Tensor, prompt: "Entries", site: "Site", lasting: "Lasting") -> None:
+        """Look at a cross-attention of queries (B, S, H, D); `lasting` is of what that layer's self-attention reads."""
 
     def apart(self, site: "Site") -> bool:
         """Whether this call should read past and block at work apart, as what is read of the past is kept in `notes`

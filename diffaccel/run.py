@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .cache import Entries, Extent, Fixed, KVCache, Memory, Tier
+from .cache import Entries, Extent, Fixed, KVCache, Lasting, Memory, Tier
 from .errors import NotEngagedError
 from .grid import Grid
 from .joint import Text
@@ -26,7 +26,7 @@ from .observe import Observer
 from .plan import Plan
 from .policy import CachePolicy
 from .report import Report, SlotReport, environment
-from .selection.blocks import Chosen, over_blocks
+from .selection.blocks import Chosen, over_blocks, path
 from .site import Part, Phase, Site
 
 if TYPE_CHECKING:
@@ -67,10 +67,12 @@ class Run:
         self._sites: dict[tuple[int, Part], Site] = {}
         self._video_frames = 0
         self._memories: dict[tuple[str, int], Memory] = {}
+        self._lasting: defaultdict[tuple[str, int], Lasting] = defaultdict(Lasting)
         self._stored: dict[tuple[str, int], tuple[int, int, Partial]] = {}
         self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
+        self._paths: set[str] = set()  # what read listed blocks of keys
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._chosen_bytes: defaultdict[str, int] = defaultdict(int)  # of the last forward of each branch
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -230,7 +232,18 @@ class Run:
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tier:
         """What one cross-attention reads of the prompt."""
         prompt, policy = Entries(k, v, multiplicity=self.prompt_multiplicity), self.accel.prompt
+        for selector in self._selectors:
+            selector.see_prompt(q, prompt, site, self._lasting_of(site))
         return Fixed(prompt) if policy is None else policy.near(q, prompt, site, self)
+
+    def whole(self, k: Tensor, v: Tensor, site: Site) -> Fixed:
+        """The keys of a video that is made at once; from step to step they are others."""
+        lasting = self._lasting_of(site)
+        lasting.version += 1
+        return Fixed(Entries(k, v, site.grid.frame_of_token(site.start), lasting=lasting))
+
+    def _lasting_of(self, site: Site) -> Lasting:
+        return self.memory(site).exact.lasting if self.causal else self._lasting[site.branch, site.layer]
 
     def memory(self, site: Site) -> Memory:
         key = (site.branch, site.layer)
@@ -309,6 +322,7 @@ class Run:
     def flush(self) -> None:
         """Drop every cache and what its policy knows, in the middle of a generation."""
         self._memories.clear()
+        self._lasting.clear()
         self._stored.clear()
         self._scratch.clear()
 
@@ -341,7 +355,7 @@ class Run:
         frames, fps, peak = self.speed()
         return Report(
             slots={slot: found.rounded() for slot, found in self.slots.items()},
-            kernel=", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel,
+            kernel=self._describe_kernel(),
             seconds={
                 "attention": self._seconds["attention"] if measured else None,
                 "denoise": self._seconds["denoise"] or total - self._seconds["decode"],
@@ -357,6 +371,10 @@ class Run:
             blocks=_with_seconds(self._blocks),
             environment=environment(self._device, self._dtype),
         )
+
+    def _describe_kernel(self) -> str:
+        dense = ", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel
+        return dense + (f"; chosen blocks: {', '.join(sorted(self._paths))}" if self._paths else "")
 
     def _describe_cache(self) -> dict[str, Any]:
         return self.cache.describe(self) if "cache" in self.slots else {}
@@ -420,7 +438,9 @@ class Call:
             if isinstance(found, Chosen):
                 self._count(q, found.keys_read)
                 self.run._chosen_bytes[self.site.branch] += found.bytes
-                return over_blocks(kernel, self.run.accel.kernel != "auto", q, found, scale)
+                asked = self.run.accel.kernel != "auto"
+                self.run._paths.add(path(kernel, asked, q, found))
+                return over_blocks(kernel, asked, q, found, scale)
             plan = found if plan is None else plan & found
         self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
         return over_entries(kernel, q, entries, scale, plan)

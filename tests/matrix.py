@@ -67,6 +67,11 @@ MATRIX = [
             reuse=FlashBlock(refresh=2),
         ),
     ),
+    Row(
+        Accel(selection=AnnSA(density=1.0, groups="prompt"), prompt=PadCollapse()),
+        Accel(selection=AnnSA(0.3, groups="prompt", dense_steps=0, min_past=0), prompt=PadCollapse()),
+        bits=False,
+    ),
     Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),
     Row(Accel(prompt=PadCollapse()), None, bits=False),
     Row(Accel(prompt=AnnCA(bits=0)), Accel(prompt=AnnCA(bits=12, tables=1)), bits=False),

@@ -22,7 +22,9 @@ from diffaccel import (
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.weighted import over_entries
-from diffaccel.selection.blocks import KeyBlocks, block_for, over_blocks
+from diffaccel.run import Run
+from diffaccel.selection.blocks import KeyBlocks, block_for, over_blocks, sort
+from diffaccel.selection.prompt_buckets import PromptBuckets
 
 T, HEADS, DIM, SCALE = 24, 2, 16, 0.25
 F32 = torch.float32
@@ -149,11 +151,12 @@ def test_the_report_says_what_the_sorted_copies_take():
 
 
 def test_means_weigh_entries_by_the_tokens_they_stand_for():
-    blocks = KeyBlocks.of(past(2, multiplicity=((24, 1), (24, 5))), torch.zeros(48, dtype=torch.bool), 48, "place")
-    k = blocks.k.double()
+    blocks, entries = KeyBlocks("place", 48), past(2, multiplicity=((24, 1), (24, 5)))
+    blocks.take(entries, torch.zeros(48, dtype=torch.bool))
+    k = entries.k.transpose(1, 2).double()
     expected = (k[:, :, :24].sum(2) + 5 * k[:, :, 24:].sum(2)) / (24 * 6)
-    torch.testing.assert_close(blocks.mean_k[:, :, 0].double(), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(blocks.log_count.exp(), torch.full((2, HEADS, 1), 24.0 * 6))
+    torch.testing.assert_close(blocks.about.k[:, :, 0].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(blocks.about.log_count.exp(), torch.full((2, HEADS, 1), 24.0 * 6))
 
 
 def test_sink_and_recent_frames_are_in_every_list():
@@ -194,21 +197,131 @@ def test_a_whole_video_at_once_chooses_from_itself():
     assert chosen.keys_read < 0.4 * entries.count
 
 
-def test_the_past_is_sorted_once_and_again_when_it_changes():
+def grown(policy, blocks, first=15, tokens=2 * T):
+    """What a policy chooses from a past that grows by a block at a time, with the entries it chose from."""
     from diffaccel.cache import Memory
 
-    memory, policy = Memory(), AnnSA(0.3)
-    for block in range(15):
+    memory = Memory()
+    for block in range(blocks):
+        k, v = (torch.randn(1, tokens, HEADS, DIM) for _ in range(2))
+        memory.place(k, v, site(start=2 * block))
+        memory.finish_block(tokens)
+        if block >= first:
+            entries = memory.past()[0].entries
+            yield entries, policy.plan(torch.randn(1, 40, HEADS, DIM), entries, site(start=2 * block + 2))
+
+
+@pytest.mark.parametrize("groups", ["kmeans", "hash", "place"])
+@pytest.mark.parametrize("recent", [0, 1, 3])
+def test_what_is_added_to_the_past_is_sorted_in_behind_the_rest(groups, recent, monkeypatch):
+    sorted_in = []
+    monkeypatch.setattr(
+        "diffaccel.selection.blocks.sort", lambda x, *rest: (sorted_in.append(x.shape[2]), sort(x, *rest))[1]
+    )
+    policy = AnnSA(0.4, groups=groups, summaries=False, recent_frames=recent, min_past=0, resort=1e9)
+    before, sizes = None, set()
+    for entries, chosen in grown(policy, 24):
+        block = chosen.blocks.key_block
+        for found, given in ((chosen.k, entries.k), (chosen.v, entries.v)):
+            assert found.shape == given.shape
+            places = [x.transpose(1, 2).double().sum(-1).sort(-1) for x in (found, given)]
+            assert torch.equal(places[0].values, places[1].values)
+        recently = entries.k[:, entries.count - recent * T :] if recent else entries.k[:, :0]
+        assert torch.equal(chosen.k[:, entries.count - (1 + recent) * T :], torch.cat([entries.k[:, :T], recently], 1))
+        assert chosen.keys_read == pytest.approx(0.4 * entries.count, rel=0.1)
+        if before is not None and before.blocks.key_block == block:
+            stays = (before.k.shape[1] - (1 + recent) * T) // block * block
+            assert torch.equal(chosen.k[:, :stays], before.k[:, :stays])
+        before = chosen
+        sizes.add(block)
+    whole = [size for size in sorted_in if size >= 2 * T + 16]  # the rest: a block, and what filled no block before
+    assert len(sizes) == 2
+    assert len(whole) == (0 if groups == "place" else 2)  # once for each size of blocks
+
+
+@pytest.mark.parametrize(("resort", "times"), [(1, 9), (1.25, 3), (1e9, 2)])
+def test_the_whole_past_is_sorted_anew_as_it_grows(resort, times, monkeypatch):
+    whole = []
+    monkeypatch.setattr(
+        "diffaccel.selection.blocks.sort", lambda x, *rest: (whole.append(x.shape[2] > 20 * T), sort(x, *rest))[1]
+    )
+    list(grown(AnnSA(0.4, min_past=0, resort=resort), 24))  # 9 times, from 32 frames to 48
+    assert sum(whole) == times  # as blocks are larger from 41 frames on, once for that at least
+
+
+def test_what_leaves_the_past_is_left():
+    from diffaccel.cache import Memory
+
+    memory, policy = Memory(), AnnSA(0.3, min_past=0)
+    for block in range(20):
         k = torch.randn(1, 2 * T, HEADS, DIM)
         memory.place(k, k, site(start=2 * block))
         memory.finish_block(2 * T)
     q = torch.randn(1, 40, HEADS, DIM)
-    first, second = (policy.plan(q, memory.past()[0].entries, site()) for _ in range(2))
-    assert first.k.data_ptr() == second.k.data_ptr()
-    memory.place(k, k, site())
-    memory.finish_block(2 * T)
-    third = policy.plan(q, memory.past()[0].entries, site(start=32))
-    assert third.k.shape[1] == first.k.shape[1] + 2 * T
+    assert policy.plan(q, memory.past()[0].entries, site(start=40)).k.shape[1] == 40 * T
+    memory.exact.drop(T, 9 * T)
+    entries = memory.past()[0].entries
+    chosen = policy.plan(q, entries, site(start=40))
+    places = [x.transpose(1, 2).double().sum(-1).sort(-1).values for x in (chosen.k, entries.k)]
+    assert torch.equal(*places)
+
+
+@pytest.mark.parametrize("padding", ["none", "collapsed", "token by token"])
+def test_buckets_are_the_prompt_tokens_that_queries_are_nearest_to(padding):
+    k = torch.randn(2, 9, HEADS, DIM)
+    if padding != "none":
+        k[:, 8 if padding == "collapsed" else 5 :] = 100.0  # nearest to half of the queries, and no word
+    words = {"none": 9, "collapsed": 8, "token by token": 5}[padding]
+    buckets, q = PromptBuckets(), torch.randn(2, 30, HEADS, DIM)
+    prompt = Entries(k, k, multiplicity=((8, 1), (1, 50)) if padding == "collapsed" else None)
+    buckets.see(q, prompt, site())
+    expected = torch.einsum("bshd,bnhd->bhsn", q, k[:, :words]).argmax(-1)
+    assert torch.equal(buckets.of_queries(site().block).long(), expected)
+    assert buckets.of_queries(site().block + 1) is None
+
+
+def test_tokens_of_one_bucket_lie_side_by_side():
+    from diffaccel.cache import Memory
+
+    memory, policy = Memory(), AnnSA(0.3, groups="prompt", min_past=0, sink_frames=0)
+    prompt = Entries(*(torch.randn(1, 5, HEADS, DIM) for _ in range(2)))
+
+    def nearest(q):
+        return torch.einsum("bshd,bnhd->bhsn", q, prompt.k).argmax(-1)
+
+    for block in range(16):
+        where, q = site(start=2 * block, step=4, phase="clean"), torch.randn(1, 2 * T, HEADS, DIM)
+        k = nearest(q).transpose(1, 2)[..., None].expand_as(q).float()  # each key holds the number of its bucket
+        memory.place(k, q, where)
+        policy.see_prompt(q, prompt, where, memory.exact.lasting)
+        memory.finish_block(2 * T)
+    q = torch.randn(1, 2 * T, HEADS, DIM)
+    policy.see_prompt(q, prompt, site(start=32, step=2), memory.exact.lasting)
+    chosen = policy.plan(q, memory.past()[0].entries, site(start=32))
+    assert (chosen.k[0, :, :, 0].diff(dim=0) >= 0).all()
+    assert (nearest(q).gather(2, chosen.order).diff(dim=2) >= 0).all()
+
+
+@pytest.mark.parametrize("refresh", ["step", "block"])
+def test_a_whole_video_is_sorted_once_and_read_anew_at_every_step(refresh):
+    """In a bidirectional model keys and values change from step to step."""
+    run, policy, lists = Run(Accel(), causal=False), AnnSA(0.3, refresh=refresh), []
+    k = past(clusters=12).k
+    for step in (3, 4, 5):
+        where = Site(0, "self", step, 6, 0, 0, "denoise", "cond", Grid(30, 4, 6))
+        k, v = k + 0.5 * torch.randn_like(k), torch.randn_like(k)
+        entries = run.whole(k, v, where).entries
+        chosen = policy.plan(k, entries, where)
+        lists.append(chosen.blocks.lists)
+        found = over_blocks(KERNELS["sdpa"], False, k, chosen, SCALE)
+        places = [x.transpose(1, 2).double().sum(-1).sort(-1).values for x in (chosen.v, v)]
+        assert torch.equal(*places)
+        rest = chosen.k[:, : 29 * T // chosen.blocks.key_block * chosen.blocks.key_block]
+        means = rest.unflatten(1, (-1, chosen.blocks.key_block)).mean(2)
+        torch.testing.assert_close(chosen.summary.k[:, : means.shape[1]], means)
+        dense = over_entries(KERNELS["reference"], k, entries, SCALE, None)
+        assert (found.out - dense.out).norm() < 0.2 * dense.out.norm()
+    assert torch.equal(lists[0], lists[2]) == (refresh == "block")
 
 
 @pytest.mark.parametrize(("tokens", "least", "block"), [(4680, 12, 128), (192, 12, 16), (39, 24, 8), (1, 24, 8)])
@@ -240,6 +353,8 @@ def test_a_kernel_that_was_asked_for_reads_copies_or_refuses():
     ids=str,
 )
 def test_what_does_not_go_together_is_refused(others, message):
+    with pytest.raises(KnobError, match="leave the cache out"):
+        Accel(selection=AnnSA(groups="prompt"), cache=TempCache(0.9))
     with pytest.raises(KnobError, match=f"AnnSA.*{message}"):
         Accel(selection=AnnSA(), **others)
 

@@ -44,7 +44,7 @@ def test_lossy_setting_is_finite_and_counted(pipe, row):
     report = run.report()
     assert all(slot.engaged and slot.keys_read < slot.keys_total for slot in report.slots.values())
     assert report.peak_memory_bytes > 0
-    assert report.kernel in ("fa3", "sdpa")
+    assert report.kernel.split(";")[0] in ("fa3", "sdpa")
 
 
 def test_grouped_multiplicities_equal_a_written_out_bias(pipe):
@@ -78,7 +78,7 @@ MANY = {
 @pytest.mark.parametrize("kind", MANY)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["sdpa", "split", "fa3"])
+@pytest.mark.parametrize("name", ["sdpa", "split", "fa3", "fa4"])
 def test_forty_multiplicities_equal_the_reference_with_a_bias(name, dtype, dim, kind):
     kernel, device = KERNELS[name], torch.device("cuda")
     reason = kernel.unusable(device, dtype, dim)

@@ -13,6 +13,14 @@ from ..kernel.merge import Partial
 Reader = Callable[[Tensor, "Entries"], Partial]  # (q, entries) -> attention of q over these entries
 
 
+@dataclass(eq=False)
+class Lasting:
+    """Notes on entries that grow and change: while `version` stays, entries are only ever added behind the others."""
+
+    version: int = 0
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Entries:
     """Keys and values (B, N, H, D) as attention reads them, keys rotated.
@@ -21,7 +29,8 @@ class Entries:
     how many tokens each entry stands for, as consecutive groups ((entries, tokens each), ...): a score gets
     log(tokens each) added, which makes attention over identical keys exact (FAST-AR, Lemma 5.1). None: one each.
     `at_work` says that these are keys of the block at work, which change from step to step.
-    `notes` is for what a reader would work out again at every read of entries that stay as they are.
+    `notes` is for what a reader would work out again at every read of entries that stay as they are; `lasting` for
+    what it carries over to what becomes of them.
     """
 
     k: Tensor
@@ -29,6 +38,7 @@ class Entries:
     frames: Tensor | None = None
     multiplicity: tuple[tuple[int, int], ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
+    lasting: Lasting = field(default_factory=Lasting)
     at_work: bool = False
 
     @property

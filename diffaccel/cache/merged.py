@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernel.merge import Partial
-from .entries import Entries, Reader
+from .entries import Entries, Lasting, Reader
 from .shuttle import Shuttle, host_like
 from .store import Joined, Store, longer, make_store, portions, size_of
 
@@ -87,6 +87,7 @@ class MergedTokens:
         self.best = torch.full((), -1.0, device=device)  # most alike pair of entries met by `fold`
         self.least = torch.full((), torch.inf, device=device)  # and the least alike one that it merged
         self.drift = Drift(*(torch.full((), start, device=device) for start in (0.0, 0.0, 1.0)))
+        self._lasting = [Lasting() for _ in range(rows)]
 
     @property
     def capacity(self) -> int:
@@ -381,7 +382,8 @@ class MergedTokens:
         for number, groups in enumerate(sizes.tolist()):
             multiplicity = tuple((n, tokens) for tokens, n in enumerate(groups) if n and tokens)
             filled = sum(n for n, _ in multiplicity)
-            rows.append(Row(self, number, frames[number, :filled], multiplicity))
+            self._lasting[number].version += 1
+            rows.append(Row(self, number, frames[number, :filled], multiplicity, self._lasting[number]))
         return rows
 
     def _make_room(self, tokens: int) -> None:
@@ -403,6 +405,7 @@ class Row:
     number: int
     frames: Tensor
     multiplicity: tuple[tuple[int, int], ...]
+    lasting: Lasting
     notes: dict[Any, Any] = field(default_factory=dict)
     following: "Row | None" = None
 
@@ -418,7 +421,7 @@ class Row:
             if self.following is not None and self.following.count:
                 shuttle.fetch(self.following, self.following._parts(), merged.count.device)
         vectors = (merged.k.opened(parts[:k], self.number), merged.v.opened(parts[k:], self.number))
-        return Entries(*vectors, self.frames, self.multiplicity, self.notes)
+        return Entries(*vectors, self.frames, self.multiplicity, self.notes, self.lasting)
 
     def _parts(self) -> list[Tensor]:
         """What holds the keys, then what holds the values."""

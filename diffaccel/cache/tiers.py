@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernel.merge import Partial
-from .entries import Entries, Reader
+from .entries import Entries, Lasting, Reader
 
 
 class Tier(Protocol):
@@ -85,6 +85,7 @@ class ExactTier:
         self._frames = torch.empty(0, dtype=torch.int64)
         self._count = self._placed = 0
         self._notes: dict[Any, Any] = {}  # of the past, as long as it stays as it is
+        self.lasting = Lasting()
 
     @property
     def count(self) -> int:
@@ -108,7 +109,7 @@ class ExactTier:
         self._count, self._notes = self._placed, {}
 
     def past(self) -> Fixed:
-        return Fixed(replace(self._view(0, self._count), notes=self._notes))
+        return Fixed(replace(self._view(0, self._count), notes=self._notes, lasting=self.lasting))
 
     def block(self) -> Fixed:
         return Fixed(replace(self._view(self._count, self._placed), at_work=True))
@@ -128,6 +129,7 @@ class ExactTier:
             buffer[start:left] = later if len(later) <= end - start else later.clone()  # where they overlap
         self._count = self._placed = left
         self._notes = {}
+        self.lasting.version += 1
 
     def _view(self, start: int, end: int) -> Entries:
         return Entries(self._k[:, start:end], self._v[:, start:end], self._frames[start:end])

@@ -1,22 +1,30 @@
 """Keys in blocks of near ones, and the blocks that near queries read of them."""
 
 from dataclasses import dataclass
+from math import log
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ann import order
+from ..ann import Ordered, ordered
 from ..cache.entries import Entries
 from ..errors import KernelError
-from ..kernel import Partial, reference
-from ..kernel.block_sparse import BlockLists, Summary, block_sparse, gathered, written_out
+from ..kernel import Partial, fa4, reference
+from ..kernel.block_sparse import BlockLists, Summary, block_sparse, by_fa4, fastest, gathered, written_out
 
 SAMPLES = 16
 """Means of near queries that stand for a block of queries where blocks of keys are ranked."""
 
+SORTED = ("kmeans", "hash")
+"""Groups of tokens that their own vectors make."""
+
 _BLOCKS = (128, 64, 32, 16, 8)
-_CLUSTER = 8  # points of a k-means cluster, about
+_CLUSTERS, _CLUSTER = 64, 8  # of k-means, at most so many, of about so many points at least
+_SAMPLE = 8192  # tokens of a head that k-means looks at
+_WARM_ITERATIONS = 1
+_GROWTH = 1.5  # of the room for sorted copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,75 +42,140 @@ class Chosen:
 
     @property
     def bytes(self) -> int:
-        """What the sorted copies take, and the means."""
+        """What the sorted copies take, with the room behind them, and the means."""
         held = [self.k, self.v, *((self.log_weight,) if self.log_weight is not None else ()), *(self.summary or ())]
-        return sum(x.numel() * x.element_size() for x in held)
+        return sum(x.untyped_storage().nbytes() for x in held)
 
 
-@dataclass(eq=False)
+class Described(NamedTuple):
+    """What is known of the blocks that may be chosen, fp32."""
+
+    k: Tensor  # (B, H, NB, D) mean keys
+    v: Tensor
+    spread: Tensor  # (B, H, NB, D) variance of a block's keys, channel by channel
+    log_count: Tensor  # (B, H, NB): tokens of a block
+
+
 class KeyBlocks:
     """Entries sorted head by head into blocks of equal size, of which queries choose; those that all read come last.
 
-    What is sorted is a copy of the keys and values. All of it is worked out once for entries that stay as they are,
-    the order of the queries too: it only says which of them choose together.
+    What is sorted is a copy of the keys and values. Entries that are added are sorted among themselves, into blocks
+    behind those that are there; what does not fill a block waits among those that all read. Clusters start from those
+    of `before`.
     """
 
-    k: Tensor  # (B, H, N, D), sorted
-    v: Tensor
-    log_weight: Tensor | None
-    mean_k: Tensor  # (B, H, NB, D) of the NB blocks that may be chosen
-    mean_v: Tensor
-    spread: Tensor  # variance of a block's keys, channel by channel
-    log_count: Tensor  # (B, H, NB): tokens of a block
-    block: int
-    order: Tensor | None = None  # of the queries
-    chosen: Chosen | None = None  # the last time
-
-    @classmethod
-    def of(cls, entries: Entries, always: Tensor, block: int, groups: str) -> "KeyBlocks":
-        """`always`: which entries every query reads, bool (N,) on the host."""
-        device, (batch, _, heads, dim) = entries.k.device, entries.k.shape
-        free, kept = ((~always).nonzero().squeeze(1).to(device), always.nonzero().squeeze(1).to(device))
-        count = len(free) // block * block
-        if groups == "place":
-            sorted_free = free.expand(batch, heads, -1)
-        else:
-            sorted_free = free[sort(entries.k.transpose(1, 2)[:, :, free], groups)]
-        permutation = torch.cat([sorted_free, kept.expand(batch, heads, -1)], 2)
-        places = permutation[..., None].expand(-1, -1, -1, dim)
-        k, v = (x.transpose(1, 2).gather(2, places) for x in (entries.k, entries.v))
-        weight = entries.log_weight()
-        if weight is not None:
-            weight = weight[permutation]
-        in_blocks = [x[:, :, :count].unflatten(2, (-1, block)).float() for x in (k, v)]
-        share = (
-            torch.zeros(1, 1, 1, block, device=device)
-            if weight is None
-            else weight[:, :, :count].unflatten(2, (-1, block))
-        )
-        log_count = share.logsumexp(-1).expand(batch, heads, count // block)
-        share = (share - log_count[..., None]).exp()[..., None]  # of a token's entry in its block
-        mean_k, mean_v = ((x * share).sum(3) for x in in_blocks)
-        spread = ((in_blocks[0] - mean_k[:, :, :, None]).square() * share).sum(3)
-        return cls(k, v, weight, mean_k, mean_v, spread, log_count, block)
+    def __init__(self, groups: str, block: int, before: "KeyBlocks | None" = None) -> None:
+        self.groups, self.block = groups, block
+        self.at: tuple[int, int, int] | None = None  # what the entries were when they were taken in
+        self.together = 0  # how many of them may be chosen that were sorted at once
+        self.always = torch.zeros(0, dtype=torch.bool)  # on the host, which of them all read
+        self.chosen_at: tuple[int, int, int] | None = None  # block, queries and step of the last choice
+        self.lists: BlockLists | None = None
+        self.order: Tensor | None = None  # of the queries, (B, H, S)
+        self._key_centres = None if before is None else before._key_centres
+        self._query_centres = None if before is None else before._query_centres
+        self._k = self._v = torch.empty(0, 0, 0, 0)  # (B, H, room, D), sorted
+        self._log_weight: Tensor | None = None
+        self._sorted, self._pending = (torch.empty(0, dtype=torch.int64) for _ in range(2))  # (B, H, n) of entries
+        self.about: Described | None = None
+        self._means: Summary | None = None
 
     @property
     def choices(self) -> int:
-        return self.mean_k.shape[2]
+        """Blocks that may be chosen."""
+        return 0 if self.about is None else self.about.k.shape[2]
 
-    def choose(self, q: Tensor, take: int, groups: str, scale: float, summaries: bool) -> Chosen:
-        """The `take` blocks with most of the attention of each block of queries (B, S, H, D), and those always read.
+    @property
+    def count(self) -> int:
+        return len(self.always)
+
+    def take(self, entries: Entries, always: Tensor, buckets: Tensor | None = None) -> None:
+        """Sort in what is new. `always`: which entries every query reads, bool (N,) on the host; `buckets` (B, H, N) of
+        all entries, for groups "prompt"."""
+        device, (batch, _, heads, dim) = entries.k.device, entries.k.shape
+        fresh = ~always
+        fresh[: self.count] &= self.always  # the others are there
+        if not self.count:
+            self._pending = torch.empty(batch, heads, 0, dtype=torch.int64, device=device)
+            self._sorted = self._pending
+        added = _where(fresh, device)
+        self.together = self.together or len(added)
+        places = torch.cat([self._pending, added.expand(batch, heads, -1)], 2)
+        if len(added) and buckets is not None:
+            places = places.gather(2, buckets.gather(2, places).argsort(dim=2, stable=True))
+        elif len(added) and self.groups in SORTED:
+            keys = entries.k.transpose(1, 2).gather(2, places[..., None].expand(-1, -1, -1, dim))
+            permutation, self._key_centres = sort(keys, self.groups, self._key_centres)
+            places = places.gather(2, permutation)
+        full = places.shape[2] // self.block * self.block
+        places, self._pending = places.split([full, places.shape[2] - full], 2)
+        self.always = always
+        behind = torch.cat([self._pending, _where(always, device).expand(batch, heads, -1)], 2)
+        self._write(entries, self._sorted.shape[2], torch.cat([places, behind], 2))
+        if full:
+            self._sorted = torch.cat([self._sorted, places], 2)
+            self._describe(self._sorted.shape[2] - full, self._sorted.shape[2])
+        self._means = None
+
+    def refill(self, entries: Entries) -> None:
+        """Other keys and values in the places of those before; what was chosen stays."""
+        always = _where(self.always, entries.k.device).expand(*self._sorted.shape[:2], -1)
+        self._write(entries, 0, torch.cat([self._sorted, self._pending, always], 2))
+        self.about = self._means = None
+        self._describe(0, self._sorted.shape[2])
+
+    def _write(self, entries: Entries, start: int, places: Tensor) -> None:
+        """Copy entries at `places` (B, H, n) behind the first `start` of the sorted ones."""
+        batch, heads, added = places.shape
+        if start + added > self._k.shape[2]:
+            room = start + added if not start else int(_GROWTH * (start + added))
+            k, v = (x.new_zeros(batch, heads, room, x.shape[3]) for x in (entries.k, entries.v))
+            if start:
+                k[:, :, :start], v[:, :, :start] = self._k[:, :, :start], self._v[:, :, :start]
+            self._k, self._v = k, v
+        index = places[..., None].expand(-1, -1, -1, entries.k.shape[3])
+        for held, given in ((self._k, entries.k), (self._v, entries.v)):
+            held[:, :, start : start + added] = given.transpose(1, 2).gather(2, index)
+        weight = entries.log_weight()
+        if weight is not None:
+            before = [] if self._log_weight is None else [self._log_weight[..., :start]]
+            self._log_weight = torch.cat([*before, weight[places]], 2)
+
+    def _describe(self, start: int, end: int) -> None:
+        """Means and variances of the blocks that the sorted entries `start` to `end` fill."""
+        k, v = (x[:, :, start:end].unflatten(2, (-1, self.block)) for x in (self._k, self._v))
+        if self._log_weight is None:
+            spread, mean_k = torch.var_mean(k.float(), 3, correction=0)
+            mean_v = v.mean(3, dtype=torch.float32)
+            log_count = mean_k.new_full(mean_k.shape[:3], log(self.block))
+        else:
+            weight = self._log_weight[:, :, start:end].unflatten(2, (-1, self.block))
+            log_count = weight.logsumexp(-1)
+            share = (weight - log_count[..., None]).exp()[..., None]  # of a token's entry in its block
+            mean_k, mean_v = ((x * share).sum(3) for x in (k, v))
+            spread = ((k - mean_k[:, :, :, None]).square() * share).sum(3)
+        new = Described(mean_k, mean_v, spread, log_count)
+        if self.about is not None:
+            new = Described(*(torch.cat(same, 2) for same in zip(self.about, new, strict=True)))
+        self.about = new
+
+    def choose(self, q: Tensor, take: int, again: bool, buckets: Tensor | None = None) -> None:
+        """Find the `take` blocks with most of the attention of each block of queries (B, S, H, D).
 
         The mass of a block is estimated for the means of `SAMPLES` runs of near queries each, as if its scores were
         normally distributed: exp(mean + variance / 2), times its tokens. A few keys of two kinds are not, and none is
         far above what most have: the second term is at most the standard deviation. Ranked by the average of their
-        shares in it.
+        shares in it. `again`: these queries come in the order of the last ones. `buckets` (B, H, S), of the queries.
         """
+        assert self.about is not None
         batch, queries, heads, dim = q.shape
         query_block = block_for(queries, 12)
+        scale = dim**-0.5
         q = q.transpose(1, 2)
-        if groups != "place" and (self.order is None or self.order.shape[2] != queries):
-            self.order = sort(q, groups)
+        if self.groups not in SORTED:
+            self.order = None if buckets is None else buckets.argsort(dim=2, stable=True)
+        elif not again or self.order is None or self.order.shape[2] != queries:
+            self.order, self._query_centres = sort(q, self.groups, self._query_centres)
         filled = -(-queries // query_block) * query_block
         place = torch.arange(filled, device=q.device).clamp(max=queries - 1)
         place = place.expand(batch, heads, -1) if self.order is None else self.order[..., place]
@@ -110,37 +183,49 @@ class KeyBlocks:
             2, (-1, query_block // min(query_block, SAMPLES))
         )
         means = near.mean(3, dtype=torch.float32) * scale
-        variance = means.square() @ self.spread.mT
-        scores = means @ self.mean_k.mT + torch.minimum(variance / 2, variance.sqrt()) + self.log_count[:, :, None]
+        variance = means.square() @ self.about.spread.mT
+        scores = means @ self.about.k.mT + torch.minimum(variance / 2, variance.sqrt())
+        scores += self.about.log_count[:, :, None]
         mass = scores.softmax(-1).unflatten(2, (filled // query_block, -1)).mean(3)
         found = mass.topk(take, dim=-1).indices.sort(-1).values
-        behind = torch.arange(self.choices, -(-self.k.shape[2] // self.block), device=q.device)
+        behind = torch.arange(self.choices, self._blocks, device=q.device)
         lists = torch.cat([found, behind.expand(*found.shape[:-1], -1)], -1).int()
         counts = torch.full(lists.shape[:-1], lists.shape[-1], dtype=torch.int32, device=q.device)
-        always = self.k.shape[2] - self.choices * self.block
+        self.lists = BlockLists(lists, counts, query_block, self.block, ascending=True)
+
+    def chosen(self, queries: int, summaries: bool) -> Chosen:
+        """What was chosen, of the keys as they are now."""
+        assert self.lists is not None
+        read = self.lists.lists.shape[-1] - (self._blocks - self.choices)
         return Chosen(
-            self.k.transpose(1, 2),
-            self.v.transpose(1, 2),
-            BlockLists(lists, counts, query_block, self.block),
+            self._k[:, :, : self.count].transpose(1, 2),
+            self._v[:, :, : self.count].transpose(1, 2),
+            self.lists,
             self.order,
-            self.log_weight,
-            self._summary(len(behind)) if summaries else None,
-            take * self.block + always + (self.choices - take if summaries else 0),
+            self._log_weight,
+            self._summary() if summaries else None,
+            read * self.block + self.count - self.choices * self.block + (self.choices - read if summaries else 0),
             queries,
         )
 
-    def _summary(self, behind: int) -> Summary:
+    @property
+    def _blocks(self) -> int:
+        return -(-self.count // self.block)
+
+    def _summary(self) -> Summary:
         """Of every block; those that are always read are in every list, so what stands for them is never looked at."""
-        k, v = (
-            torch.nn.functional.pad(x.to(self.k.dtype), (0, 0, 0, behind)).transpose(1, 2)
-            for x in (self.mean_k, self.mean_v)
-        )
-        return Summary(k, v, torch.nn.functional.pad(self.log_count, (0, behind)))
+        if self._means is None:
+            assert self.about is not None
+            more = self._blocks - self.choices
+            k, v = (
+                torch.nn.functional.pad(x.to(self._k.dtype), (0, 0, 0, more)).transpose(1, 2) for x in self.about[:2]
+            )
+            self._means = Summary(k, v, torch.nn.functional.pad(self.about.log_count, (0, more)))
+        return self._means
 
 
 def over_blocks(kernel: ModuleType, asked: bool, q: Tensor, chosen: Chosen, scale: float) -> Partial:
-    """Attention of `q` over what was chosen. A kernel that was asked for reads copies of it or refuses."""
-    knows = chosen.log_weight is None and chosen.summary is None
+    """Attention of `q` over what was chosen. A kernel that was asked for reads the lists or copies, or refuses."""
     if not asked or kernel is reference:
         compute = written_out if kernel is reference else block_sparse
         return compute(
@@ -153,7 +238,9 @@ def over_blocks(kernel: ModuleType, asked: bool, q: Tensor, chosen: Chosen, scal
             log_weight=chosen.log_weight,
             summary=chosen.summary,
         )
-    if not knows:
+    if kernel is fa4 and chosen.log_weight is None and fa4.cannot_list(chosen.blocks, chosen.k.shape[1]) is None:
+        return by_fa4(q, chosen.k, chosen.v, chosen.blocks, scale=scale, order=chosen.order, summary=chosen.summary)
+    if chosen.log_weight is not None or chosen.summary is not None:
         raise KernelError(
             f"kernel={kernel.name!r} reads copies of the chosen keys, which takes no summaries and no merged entries: "
             "use kernel='auto', or selection.summaries=False with a cache that merges nothing"
@@ -161,11 +248,26 @@ def over_blocks(kernel: ModuleType, asked: bool, q: Tensor, chosen: Chosen, scal
     return gathered(kernel, q, chosen.k, chosen.v, chosen.blocks, scale=scale, order=chosen.order)
 
 
-def sort(x_BHND: Tensor, groups: str) -> Tensor:
-    """A permutation (B, H, N) that puts near vectors side by side."""
+def path(kernel: ModuleType, asked: bool, q: Tensor, chosen: Chosen) -> str:
+    """What `over_blocks` computes with, for the report."""
+    if kernel is reference or asked:
+        return str(kernel.name)
+    return fastest(q, chosen.k, chosen.blocks, chosen.log_weight)
+
+
+def sort(x_BHND: Tensor, groups: str, centroids: Tensor | None) -> Ordered:
+    """A permutation (B, H, N) that puts near vectors side by side, from the centroids of vectors much like them."""
     if groups == "hash":
-        return order(x_BHND, "lsh")
-    return order(x_BHND, "kmeans", clusters=max(1, min(64, x_BHND.shape[2] // _CLUSTER)))
+        return ordered(x_BHND, "lsh")
+    if centroids is not None and centroids.shape[2] <= x_BHND.shape[2]:
+        return ordered(x_BHND, "kmeans", iterations=_WARM_ITERATIONS, sample=_SAMPLE, centroids=centroids)
+    return ordered(x_BHND, "kmeans", clusters=max(1, min(_CLUSTERS, x_BHND.shape[2] // _CLUSTER)), sample=_SAMPLE)
+
+
+def _where(mask: Tensor, device: torch.device) -> Tensor:
+    """Places of the true ones of a mask on the host, on the device without waiting for it."""
+    places = mask.nonzero().squeeze(1)
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 def block_for(tokens: int, least: int) -> int:
