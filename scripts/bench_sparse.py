@@ -6,8 +6,9 @@
 Shapes of Wan2.1-1.3B at 480x832: 12 heads of 128 channels, a block of 3 latent frames (4 680 queries) or a whole clip
 (32 760) over 7 or 28 blocks of past. Every block of queries of every head reads its own random share of the keys, all
 equally many: what a selection by content may ask for, and the hardest case for the cache. AnnSA is timed whole at the
-end. Arms alternate in one process; a speed-up is over the fastest dense kernel in the same round. Useful TFLOP/s count
-the pairs read. Results go to DIR/sparse.jsonl line by line.
+end, over a past that grows block by block. Arms alternate in one process, some calls at a time; a speed-up is over the
+fastest dense kernel in the same round. Useful TFLOP/s count the pairs read. Results go to DIR/sparse.jsonl as they
+come.
 """
 
 import argparse
@@ -16,17 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import medians
 from torch import Tensor
 
 from diffaccel import AnnSA, Grid, Site
-from diffaccel.cache import Entries
-from diffaccel.kernel import KERNELS
-from diffaccel.kernel.block_sparse import BlockLists, Summary, block_sparse, gathered, written_out
+from diffaccel.cache import Entries, Lasting
+from diffaccel.kernel import KERNELS, fa4
+from diffaccel.kernel.block_sparse import BlockLists, Summary, block_sparse, by_fa4, gathered, written_out
 from diffaccel.kernel.merge import HAS_TRITON
-from diffaccel.selection.blocks import Chosen, over_blocks
+from diffaccel.selection.blocks import Chosen, over_blocks, path
 
 Arm = Callable[[], object]
 
@@ -43,13 +45,16 @@ FULL = {
 TOY = {
     "heads": 2,
     "dim": 64,
-    "shapes": ((100, 480),),
+    "shapes": ((60, 480),),
     "densities": (0.2, 0.5),
     "block": 32,
     "gather": (25, 50),
     "gather_keys": 24,
 }
 TUNED_AT = 0.2
+CALLS = 4
+STEPS = (2, 7, 35)  # that read what was chosen: of 4 steps, of 10 and of 50, less the dense ones
+FIRST = 4  # blocks of past before it chooses
 
 
 class Bench:
@@ -59,6 +64,7 @@ class Bench:
         self.heads, self.dim = sizes["heads"], sizes["dim"]
         self.scale = self.dim**-0.5
         self.dense = [n for n in DENSE if KERNELS[n].unusable(self.device, self.dtype, self.dim) is None]
+        self.fa4 = fa4.unusable(self.device, self.dtype, self.dim) is None
         self.began = time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "sparse.jsonl").open("w")
@@ -83,10 +89,10 @@ class Bench:
         most = max(1, round(density * key_blocks))
         drawn = torch.rand(batch, self.heads, query_blocks, key_blocks, device=self.device).topk(most, -1).indices
         counts = torch.full(drawn.shape[:-1], most, dtype=torch.int32, device=self.device)
-        return BlockLists(drawn.sort(-1).values.int(), counts, *blocks)
+        return BlockLists(drawn.sort(-1).values.int(), counts, *blocks, ascending=True)
 
     def time(self, arms: dict[str, Arm]) -> dict[str, float]:
-        return medians(arms, self.rounds, self.device)
+        return medians(arms, self.rounds, self.device, CALLS)
 
     # -- correctness ---------------------------------------------------------------------------------------------
 
@@ -109,9 +115,12 @@ class Bench:
             torch.rand(2, self.heads, key_blocks, device=self.device),
         )
         wide = [x.double() for x in (q, k, v)]
-        for options in ({}, {"order": order, "log_weight": weight, "summary": summary}):
+        every = {"order": order, "log_weight": weight, "summary": summary}
+        for options in ({}, {"order": order, "summary": summary}, every):
             exact = written_out(*wide, blocks, scale=self.scale, **options)
             arms = {"chosen": lambda o=options: block_sparse(q, k, v, blocks, scale=self.scale, **o)}
+            if self.fa4 and not fa4.cannot_list(blocks, keys) and "log_weight" not in options:
+                arms["fa4"] = lambda o=options: by_fa4(q, k, v, blocks, scale=self.scale, **o)
             if tuning and not options and self.device.type == "cuda" and HAS_TRITON:
                 arms |= {str(c): self.fused(c, q, k, v, blocks, **options) for c in candidates(sizes[1])}
             if not options:
@@ -182,7 +191,11 @@ class Bench:
 
             for size, config in best.items():
                 blocks = self.lists(queries, keys, (self.sizes["block"], size), density)
-                add(f"listed, keys in {size}", blocks, self.fused(config, q, k, v, blocks))
+                add(f"triton, keys in {size}", blocks, self.fused(config, q, k, v, blocks))
+            for rows in (1, 2) if self.fa4 else ():
+                blocks = self.lists(queries, keys, (rows * self.sizes["block"], self.sizes["block"]), density)
+                arm = lambda b=blocks: by_fa4(q, k, v, b, scale=self.scale)  # noqa: E731
+                add(f"fa4, queries in {blocks.query_block}", blocks, arm)
             if not best:
                 blocks = self.lists(queries, keys, (self.sizes["block"], self.sizes["block"]), density)
                 add("listed, written out", blocks, lambda b=blocks: block_sparse(q, k, v, b, scale=self.scale))
@@ -206,49 +219,98 @@ class Bench:
                 self.say(f"{queries} x {keys}, {density}: {name}", **figures)
 
     def whole(self, queries: int, keys: int) -> None:
-        """AnnSA as it runs: sorting the past once a block, choosing at every step, and reading what was chosen.
+        """AnnSA as it runs: sorting in what is new and choosing once a block, then reading at every step.
 
-        Keys lie around centres, queries too, so that sorting has something to find.
+        The past grows from `FIRST` blocks to `keys`; planning is the mean over its last fifth, in which everything was
+        sorted anew once. Keys lie around centres, so that sorting has something to find.
         """
-        policy_site = Site(0, "self", 3, 4, 1, 10**6, "denoise", "cond", Grid(1, 1, queries))
         q, k, v = (x.contiguous() for x in self.tensors(queries, keys))
-        centres = torch.randn(64, self.heads, self.dim, device=self.device)
-        k = (k + centres[torch.randint(64, (1, keys), device=self.device)]).to(self.dtype)
+        k = self.clustered(k)
+        frames = torch.arange(keys // queries).repeat_interleave(queries)
         dense = self.time(self.dense_arms(q, k, v))
-        fastest, kernel = min(dense.values()), KERNELS[self.dense[0]]
+        busy = self.dense_arms(q, k, v)[f"dense, {self.dense[0]}"]
+        counts = range(FIRST * queries, keys + 1, queries)
+        self.warm_up(q, k, v, frames)
         for density in self.sizes["densities"]:
             for groups, summaries in (("kmeans", True), ("kmeans", False), ("hash", True)):
-                policy = AnnSA(density, groups, summaries, 0.0, "step", dense_steps=0.0, sink_frames=0)
-                entries = Entries(k, v, torch.zeros(keys, dtype=torch.int64))
-                chosen = policy.plan(q, entries, policy_site)
+                policy = AnnSA(density, groups, summaries, dense_steps=0.0, sink_frames=0)
+                lasting, planning, chosen = Lasting(), [], None
+                for block, count in enumerate(counts, FIRST):
+                    entries = Entries(k[:, :count], v[:, :count], frames[:count], lasting=lasting)
+                    site = Site(0, "self", 3, 4, block, block, "denoise", "cond", Grid(1, 1, queries))
+                    ms, chosen = self.once(lambda p=policy, e=entries, s=site: p.plan(q, e, s), busy)
+                    planning.append((count, ms))
                 assert chosen is not None
+                late = [ms for count, ms in planning if count > keys / AnnSA().resort]
+                name = f"AnnSA {queries} x {keys}, {density}: {groups}{'' if summaries else ', no means'}"
+                self.tell_whole(name, q, k, v, chosen, min(dense.values()), sum(late) / len(late), max(late))
 
-                def sort(policy: AnnSA = policy) -> object:
-                    return policy.plan(q, Entries(k, v, torch.zeros(keys, dtype=torch.int64)), policy_site)
+    def at_once(self, tokens: int) -> None:
+        """AnnSA in a model that makes a whole video at once: sorted and chosen at one step, refilled at the others."""
+        q, k, v = (x.contiguous() for x in self.tensors(tokens, tokens))
+        k = self.clustered(k)
+        dense = self.time(self.dense_arms(q, k, v))
+        frames, busy = torch.zeros(tokens, dtype=torch.int64), self.dense_arms(q, k, v)[f"dense, {self.dense[0]}"]
+        for density in self.sizes["densities"]:
+            policy = AnnSA(density, dense_steps=0.0, sink_frames=0)
+            lasting, planning, chosen = Lasting(), [], None
+            for step in range(8):
+                lasting.version += 1
+                entries = Entries(k, v, frames, lasting=lasting)
+                site = Site(0, "self", step, 8, 0, 0, "denoise", "cond", Grid(1, 1, tokens))
+                ms, chosen = self.once(lambda p=policy, e=entries, s=site: p.plan(q, e, s), busy)
+                planning.append(ms)
+            assert chosen is not None
+            name, refill = f"AnnSA {tokens} x {tokens} at once, {density}", sum(planning[2:]) / len(planning[2:])
+            self.tell_whole(name, q, k, v, chosen, min(dense.values()), planning[0], planning[0], refill)
 
-                def read(chosen: Chosen = chosen) -> object:
-                    return over_blocks(kernel, False, q, chosen, self.scale)
+    def tell_whole(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, dense: float, plan: float, worst: float,
+        again: float = 0.0,
+    ) -> None:  # fmt: skip
+        """`plan` is spent once a block, `again` at every step."""
+        kernel = KERNELS[self.dense[0]]
+        read = self.time({"read": lambda: over_blocks(kernel, False, q, chosen, self.scale)})["read"]
+        exact, part = kernel.partial(q, k, v, scale=self.scale), over_blocks(kernel, False, q, chosen, self.scale)
+        figures = {"dense ms": dense, "plan ms": plan, "worst": worst, "each step ms": again, "read ms": read}
+        figures |= {f"speedup of {n}": dense * n / (plan + (again + read) * n) for n in STEPS}
+        self.say(
+            name,
+            **figures,
+            tflops=4e-9 * q.shape[1] * chosen.keys_read * self.heads * self.dim / read,
+            blocks=f"{chosen.blocks.query_block}x{chosen.blocks.key_block}",
+            path=path(kernel, False, q, chosen),
+            error=float((part.out - exact.out).float().norm() / exact.out.float().norm()),
+        )
 
-                def both(policy: AnnSA = policy, entries: Entries = entries) -> object:
-                    return over_blocks(kernel, False, q, policy.plan(q, entries, policy_site), self.scale)
+    def warm_up(self, q: Tensor, k: Tensor, v: Tensor, frames: Tensor) -> None:
+        """Whatever is compiled or looked up once."""
+        for groups in ("kmeans", "hash"):
+            policy = AnnSA(0.3, groups, dense_steps=0.0, sink_frames=0, min_past=0.0)
+            entries = Entries(k, v, frames)
+            site = Site(0, "self", 3, 4, 1, 10**6, "denoise", "cond", Grid(1, 1, q.shape[1]))
+            chosen = policy.plan(q, entries, site)
+            assert chosen is not None
+            over_blocks(KERNELS[self.dense[0]], False, q, chosen, self.scale)
 
-                arms = {
-                    "sort and choose": sort,
-                    "choose": lambda p=policy, e=entries: p.plan(q, e, policy_site),
-                    "read": read,
-                    "choose and read": both,
-                }
-                times = self.time(arms)
-                exact = kernel.partial(q, k, v, scale=self.scale)
-                part = read()
-                figures = {f"{name} ms": ms for name, ms in times.items()} | {
-                    "speedup": fastest / times["choose and read"],
-                    "blocks": f"{chosen.blocks.query_block}x{chosen.blocks.key_block}",
-                    "tflops": 4e-9 * queries * chosen.keys_read * self.heads * self.dim / times["read"],
-                    "error": float((part.out - exact.out).float().norm() / exact.out.float().norm()),
-                }
-                name = f"{groups}{'' if summaries else ', no means'}"
-                self.say(f"AnnSA {queries} x {keys}, {density}: {name}", **figures)
+    def clustered(self, k: Tensor) -> Tensor:
+        centres = torch.randn(64, self.heads, self.dim, device=self.device)
+        return (k + centres[torch.randint(64, k.shape[:2], device=self.device)]).to(self.dtype)
+
+    def once(self, what: Callable[[], Any], before: Arm) -> tuple[float, Any]:
+        """Milliseconds of one call behind others that keep the device busy, as it is in the middle of a model."""
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            found = what()
+            return 1e3 * (time.perf_counter() - began), found
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            before()
+        start.record()
+        found = what()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), found
 
     def unordered(self, queries: int, keys: int, config: object, density: float) -> None:
         """What ascending lists are worth: the same lists shuffled."""
@@ -323,7 +385,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU if there is no GPU")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for sparse.jsonl")
-    parser.add_argument("--only-annsa", action="store_true", help="no tuning, no kernels by themselves")
+    parser.add_argument("--only-annsa", action="store_true", help="no kernels by themselves")
+    parser.add_argument("--tune", action="store_true", help="try every configuration of the Triton kernel first")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="time flex_attention too")
     options = parser.parse_args()
@@ -333,20 +396,25 @@ def main() -> None:
     with torch.no_grad():
         bench = Bench(TOY if options.toy else FULL, device, options.out, options.rounds)
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        bench.say("environment", device=name, torch=torch.__version__, dense=bench.dense)
+        bench.say("environment", device=name, torch=torch.__version__, dense=bench.dense, fa4=bench.fa4)
         bench.check()
         shapes = bench.sizes["shapes"]
         if options.only_annsa:
             for shape in shapes[:2]:
                 bench.whole(*shape)
+            bench.at_once(shapes[-1][1])
             return
-        best = bench.tune(*shapes[0]) if device == "cuda" and HAS_TRITON else {}
+        block = bench.sizes["block"]
+        best: dict[int, Any] = {block: None, block // 2: None} if device == "cuda" and HAS_TRITON else {}
+        if options.tune and best:
+            best = bench.tune(*shapes[0])
         for number, shape in enumerate(shapes):
             bench.compare(*shape, best, flex=options.flex and device == "cuda" and number == 0)
         for shape in shapes[:2]:
             bench.whole(*shape)
+        bench.at_once(shapes[-1][1])
         if best:
-            config = best[bench.sizes["block"]]
+            config = best[block]
             bench.unordered(*shapes[-1], config, TUNED_AT)
             bench.parts(*shapes[0], config, TUNED_AT)
         bench.say("done", seconds=time.perf_counter() - bench.began)

@@ -148,7 +148,7 @@ def selections() -> list[Arm]:
         Arm("another seed", Accel(), seed=1000),
     ]
     for density in (0.1, 0.2, 0.3, 0.5):
-        for groups in ("kmeans", "hash", "place"):
+        for groups in ("kmeans", "hash", "prompt", "place"):
             for summaries in (True, False):
                 name = f"{groups}{'' if summaries else ', no means'}"
                 found.append(Arm(f"{density}: {name}", Accel(selection=AnnSA(density, groups, summaries))))
@@ -160,6 +160,9 @@ def selections() -> list[Arm]:
         ("from twice the block on", {"min_past": 2.0}),
         ("from six times the block on", {"min_past": 6.0}),
         ("newest block whole", {"recent_frames": BLOCK}),
+        ("sorted anew at every block", {"resort": 1.0}),
+        ("sorted anew when grown by half", {"resort": 1.5}),
+        ("never sorted anew", {"resort": 1e9}),
     ):
         found.append(Arm(f"0.3: kmeans, {name}", Accel(selection=AnnSA(0.3, **knobs))))  # type: ignore[arg-type]
     both = Accel(selection=AnnSA(0.3), cache=TempCache(0.9))
