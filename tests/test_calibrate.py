@@ -397,14 +397,22 @@ def command(model, tmp_path, monkeypatch):
 SMALL = ["--size", "48x32", "--frames", "49", "--steps", "4", "--device", "cpu"]
 
 
-def test_from_calibration_to_a_video(command, tmp_path):
+def test_from_calibration_to_a_video(command, model, tmp_path):
     result = command(
-        *("calibrate", PROMPT, "the blue square moves up", *SMALL, "-o", "p.json"),
+        *("calibrate", PROMPT, "the blue zebra moves up", *SMALL, "-o", "p.json"),
         *("--set", "selection.min_past=0", "--densities", "0.4, 0.2", "--seed", "3"),
     )
     assert result.exit_code == 0, result.output
     assert left_in(tmp_path) == ["p.json"]
+    assert result.stderr.count('read them: "zebra"') == 1
     profile = load(tmp_path / "p.json")
+    from diffaccel.pipelines.loading import defaults
+    from diffaccel.pipelines.loading import load as open_pipeline
+
+    pipe = open_pipeline(model, device="cpu")
+    guidance = defaults(pipe, model).guidance_scale
+    wanted = measure(pipe, prompts=(PROMPT, "the blue zebra moves up"), seed=3, guidance_scale=guidance)
+    np.testing.assert_array_equal(profile.tables["recall"], wanted.tables["recall"].round(4))
     assert (profile.axes["density"], profile.prompts, profile.shape["steps"]) == ((0.2, 0.4), 2, 4)
     lines = result.stdout.splitlines()
     assert lines[0].startswith("p.json: recall of attention mass, WanTransformer3DModel, 4 layers of 2 heads")
