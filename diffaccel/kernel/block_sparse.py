@@ -19,6 +19,8 @@ from ..errors import KernelError, KnobError
 from . import fa4
 from .merge import HAS_TRITON, Partial, nothing
 
+_WORTH_FA4 = 1.5e11  # operations of a call, 0.3 ms at what it reaches
+
 
 @dataclass(frozen=True, eq=False)
 class BlockLists:
@@ -110,13 +112,15 @@ def block_sparse(
 def fastest(q: Tensor, k: Tensor, blocks: BlockLists, log_weight: Tensor | None) -> str:
     """What `block_sparse` runs: "fa4", "triton" or "written out".
 
-    FA4 was the faster wherever it can run (samples/RESULTS.md): a fifth to a third at densities above 0.1.
+    Over the same lists FA4 takes a fifth to a third less time than the Triton kernel (samples/RESULTS.md), but 0.3 ms
+    of the host for each call: what is less work than that is left to Triton.
     """
     if not (q.is_cuda and HAS_TRITON and q.dtype != torch.float64 and q.shape[-1] <= 256):
         return "written out"
     if log_weight is not None or fa4.cannot_list(blocks, k.shape[1]) or fa4.unusable(q.device, q.dtype, q.shape[-1]):
         return "triton"
-    return "fa4"
+    operations = 4 * q.numel() * blocks.lists.shape[-1] * blocks.key_block
+    return "fa4" if operations > _WORTH_FA4 else "triton"
 
 
 def by_fa4(

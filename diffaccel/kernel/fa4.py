@@ -99,7 +99,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: object)
     """Out (B, S, H, D) and lse (B, H, S)."""
     from flash_attn.cute.interface import flash_attn_func
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its compiler about itself
         found: tuple[Tensor, Tensor] = flash_attn_func(q, k, v, softmax_scale=scale, return_lse=True, **options)[:2]
     return found
 
@@ -107,7 +108,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: object)
 @lru_cache(maxsize=1)
 def _installed() -> bool:
     """`flash_attn` alone is FlashAttention-2."""
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-        return False
-    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # one each compilation
-    return True
+    return (
+        importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+    )
