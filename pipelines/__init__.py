@@ -1,19 +1,22 @@
 if __name__ == "pipelines":
     raise ImportError("this folder is the package diffaccel.pipelines; write `from diffaccel.pipelines import ...`")
 
-# Pipelines that generate a video block by block, and what they need: streaming decode, checkpoint loading.
+# Pipelines that generate a video block by block, and what they need: streaming decode, checkpoint loading; language
+# models that write block by block.
 # Names are imported when first used, because diffusers takes seconds to import.
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .block_lm import BlockLM
     from .causal_wan import CausalWanPipeline
     from .checkpoints import CheckpointError, load_self_forcing
     from .inputs import block_ranges
     from .streaming import StreamingDecoder
 
 _HOME = {
+    "BlockLM": "block_lm",
     "CausalWanPipeline": "causal_wan",
     "block_ranges": "inputs",
     "StreamingDecoder": "streaming",
@@ -21,7 +24,7 @@ _HOME = {
     "load_self_forcing": "checkpoints",
 }
 
-__all__ = ["CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
+__all__ = ["BlockLM", "CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,260 @@
+"""Attention of a block-diffusion language model through transformers' attention interface, and its cache.
+
+A pass forwards the tokens that are not cached yet (`pending`, finished blocks) and the block at work. Pending tokens
+attend under a mask. The block at work sees everything, so it needs none: its attention is partial attention to what
+lies outside the block merged with partial attention to its inside, and the outside may be reused (`TokenCount`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from diffaccel import kernel
+from diffaccel.errors import UnsupportedError
+from diffaccel.kernel import Partial, merge
+
+NAME = "diffaccel_block"
+"""What the attention is registered as; a model has it only while it forwards for `BlockLM`."""
+
+_CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+@dataclass
+class Counters:
+    """Sums over passes. Tokens are counted once for every row of the batch.
+
+    `calls` are attention calls of the block at work, an "external" one is its attention to finished blocks; `pairs` of
+    a query and a key outside the block, that dense attention would compute and that were.
+    """
+
+    passes: int = 0
+    tokens_forwarded: int = 0
+    tokens_uncached: int = 0
+    calls: int = 0
+    external_computed: int = 0
+    external_reused: int = 0
+    pairs_total: int = 0
+    pairs_computed: int = 0
+    fewest_changed: int | None = None  # at a step that was not a block's first
+
+
+@dataclass
+class Pass:
+    """What the attention calls of one forward pass have in common.
+
+    `pending` tokens come before the block; `mask` is theirs, additive (B, 1, pending, N). `outside_allowed`
+    (B, S, N - S) and `inside_allowed` (B, S, S) say which keys a query may read where there is padding, else None.
+    `dirty` (B, S) are the tokens that changed since `stored`, a partial a layer, was computed; None if none did.
+    """
+
+    pending: int
+    mask: Tensor | None
+    outside_allowed: Tensor | None
+    inside_allowed: Tensor | None
+    kernel: str
+    counters: Counters
+    answer: Literal["together", "store", "reuse"] = "together"
+    stored: dict[Any, Partial] = field(default_factory=dict)
+    dirty: Tensor | None = None
+    drop: bool = False
+
+    def attend(self, layer: Any, q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, scale: float) -> Tensor:
+        """Attention of the block at work, (B, S, H, D), to all N keys, the last S of which are its own."""
+        read = _reader(self.kernel, q_BSHD, scale)
+        block, past = q_BSHD.shape[1], k_BNGD.shape[1] - q_BSHD.shape[1]
+        self.counters.calls += 1
+        if past:
+            self._count(q_BSHD.shape[0], block, past)
+        padded = self.outside_allowed is not None or self.inside_allowed is not None
+        if not past or (self.answer == "together" and not padded):
+            return read(q_BSHD, k_BNGD, v_BNGD, self.inside_allowed).out
+
+        def outside(q: Tensor, rows: Tensor | None = None) -> Partial:
+            allowed = self.outside_allowed
+            if allowed is not None and rows is not None:
+                allowed = allowed[:, rows]
+            return read(q, k_BNGD[:, :past], v_BNGD[:, :past], allowed)
+
+        if self.answer == "reuse":
+            external = self._reused(self.stored[layer], q_BSHD, outside)
+        else:
+            external = outside(q_BSHD)
+            if self.answer == "store":
+                self.stored[layer] = external
+        inside = read(q_BSHD, k_BNGD[:, past:], v_BNGD[:, past:], self.inside_allowed)
+        return merge([external, inside]).out
+
+    def _count(self, batch: int, block: int, past: int) -> None:
+        self.counters.pairs_total += batch * block * past
+        if self.answer == "reuse":
+            self.counters.external_reused += 1
+            if self.dirty is not None and not self.drop:
+                self.counters.pairs_computed += batch * len(self.dirty_rows) * past
+        else:
+            self.counters.external_computed += 1
+            self.counters.pairs_computed += batch * block * past
+
+    @property
+    def dirty_rows(self) -> Tensor:
+        """Positions in the block that are dirty in any row of the batch."""
+        if self._rows is None:
+            assert self.dirty is not None
+            self._rows = self.dirty.any(0).nonzero().squeeze(1)
+        return self._rows
+
+    _rows: Tensor | None = None
+
+    def _reused(self, stored: Partial, q: Tensor, outside: Callable[..., Partial]) -> Partial:
+        if self.dirty is None:
+            return stored
+        if self.drop:
+            return Partial(stored.out, stored.lse.masked_fill(self.dirty[..., None], -torch.inf))
+        rows = self.dirty_rows
+        fresh, dirty = outside(q[:, rows], rows), self.dirty[:, rows, None]
+        out, lse = stored.out.clone(), stored.lse.clone()
+        out[:, rows] = torch.where(dirty[..., None], fresh.out, out[:, rows])
+        lse[:, rows] = torch.where(dirty, fresh.lse, lse[:, rows])
+        return Partial(out, lse)
+
+
+def _reader(name: str, q: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Partial]:
+    chosen = kernel.resolve(name, q.device, q.dtype, q.shape[-1])
+
+    def read(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Partial:
+        return grouped(chosen, q, k, v, scale) if allowed is None else masked(q, k, v, scale, allowed)
+
+    return read
+
+
+def grouped(chosen: ModuleType, q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, scale: float) -> Partial:
+    """Partial attention where H/G neighbouring heads share a key: they become queries of that one head.
+
+    No key is copied, which expanding G heads to H would do; every query reads every key, so their order is free.
+    """
+    b, s, h, d = q_BSHD.shape
+    g = k_BNGD.shape[2]
+    if g == h:
+        return chosen.partial(q_BSHD, k_BNGD, v_BNGD, scale=scale)
+    folded = q_BSHD.reshape(b, s, g, h // g, d).transpose(2, 3).reshape(b, s * (h // g), g, d)
+    out, lse = chosen.partial(folded, k_BNGD, v_BNGD, scale=scale)
+    out = out.reshape(b, s, h // g, g, d).transpose(2, 3).reshape(b, s, h, d)
+    return Partial(out, lse.reshape(b, s, h // g, g).transpose(2, 3).reshape(b, s, h))
+
+
+def masked(q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, scale: float, allowed_BSN: Tensor) -> Partial:
+    """`grouped` where each row of a batch has padding of its own; eager, in fp32. A query without a key gets 0."""
+    b, s, h, d = q_BSHD.shape
+    g = k_BNGD.shape[2]
+    wide = torch.promote_types(q_BSHD.dtype, torch.float32)
+    scores = torch.einsum("bsgrd,bngd->bsgrn", q_BSHD.reshape(b, s, g, h // g, d).to(wide), k_BNGD.to(wide)) * scale
+    scores = scores.masked_fill(~allowed_BSN[:, :, None, None], -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.clamp(min=torch.finfo(wide).min)[..., None])
+    out = torch.einsum("bsgrn,bngd->bsgrd", weights, v_BNGD.to(wide))
+    return Partial(out.reshape(b, s, h, d).to(q_BSHD.dtype), lse.reshape(b, s, h).float())
+
+
+_now: ContextVar[Pass] = ContextVar(NAME)
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query (B, H, S, D), key and value (B, G, N, D) with the cache, out (B, S, H, D).
+
+    The mask of the model is not read: which token sees which is settled by the pass. Raises `UnsupportedError` for
+    attention that is not plain softmax over all keys.
+    """
+    for name in _CHANGES_SCORES:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"attention to a whole block and all of its past is what can be split, and {type(module).__name__} "
+                f"asks for {name}={kwargs[name]!r}; use a model without it"
+            )
+    if value.shape[-1] != key.shape[-1]:
+        raise UnsupportedError(
+            f"keys and values must be equally wide, and {type(module).__name__} has {key.shape[-1]} and "
+            f"{value.shape[-1]} channels; use a model without latent attention"
+        )
+    now = _now.get()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    written = key.shape[2] - query.shape[2] + now.pending  # what the block at work has before it
+    before, q = query.split([now.pending, query.shape[2] - now.pending], dim=2)
+    out = now.attend(
+        getattr(module, "layer_idx", module), q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale
+    )
+    if now.pending:
+        past = key[:, :, :written], value[:, :, :written]
+        finished, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, before, *past, now.mask, scaling=scale, is_causal=False)
+        out = torch.cat([finished, out], dim=1)
+    return out, None
+
+
+AttentionInterface.register(NAME, block_attention)
+
+
+@contextmanager
+def at_work(lm: Any, now: Pass) -> Iterator[None]:
+    """The model attends by `block_attention` for this pass; afterwards by what it had before."""
+    before = lm.config._attn_implementation
+    token = _now.set(now)
+    lm.config._attn_implementation = NAME  # what set_attn_implementation sets, without its 100 µs of checks
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = before
+        _now.reset(token)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a layer with room to grow: an update writes its own tokens and copies nothing of the past."""
+
+    length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = self._grown(self.keys, start), self._grown(self.values, start)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _grown(self, tensor: Tensor, used: int) -> Tensor:
+        room = tensor.new_empty(*tensor.shape[:2], max(2 * used, self.length), tensor.shape[3])
+        room[:, :, :used] = tensor[:, :, :used]
+        return room
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= abs(tokens_to_remove)
+
+
+class BlockCache(DynamicCache):
+    """A `DynamicCache` of `_RoomyLayer`s."""
+
+    def __init__(self) -> None:
+        Cache.__init__(self, layer_class_to_replicate=_RoomyLayer)

@@ -1,0 +1,357 @@
+"""Block-diffusion language models in diffusers' own `LLaDA2Pipeline`, with an exact cache of finished blocks.
+
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from diffaccel.pipelines.block_lm import BlockLM, TokenCount
+
+with BlockLM(lm, block_length=8, reuse=TokenCount(tau=2)) as model:
+    pipe = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler(block_length=8), tokenizer=tokenizer)
+    text = pipe("A tale of two boats", gen_length=128).texts[0]
+print(model.report())
+
+The pipeline forwards the whole text at every step. Where no token sees a later block, finished blocks need one forward
+only: their keys and values are kept, and a step forwards the block at work (block caching: Arriola et al., BD3-LM,
+arXiv 2503.09573; FlashBlock: arXiv 2602.05305).
+"""
+
+import inspect
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from diffaccel.errors import KnobError, NotEngagedError, UnsupportedError
+from diffaccel.reuse.token_count import TokenCount
+
+from .block_attention import BlockCache, Counters, Pass, at_work
+
+__all__ = ["BlockLM", "TokenCount"]
+
+# root mean square of a difference, over that of the logits, which rounding may leave: by dtype where other shapes are
+# computed, and where only a token differs that must not be seen
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_UNSEEN = 1e-5
+
+
+@dataclass
+class _Outside:
+    """Stored attention of the block that begins at `start`, computed when its tokens were `tokens` (B, S)."""
+
+    start: int
+    tokens: Tensor
+    dirty: Tensor
+    stored: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Progress:
+    """One generation: the cache and the (B, N) tokens, validity and positions it was written from."""
+
+    cache: BlockCache = field(default_factory=BlockCache)
+    seen: tuple[Tensor, ...] = ()
+    outside: _Outside | None = None
+    counters: Counters = field(default_factory=Counters)
+
+    def keep(self, window: tuple[Tensor, ...], start: int, block: int) -> int:
+        """Crop the cache to the whole blocks before `start` that it was written from as they are now; their tokens."""
+        cached = self.cache.get_seq_length()
+        kept = min(cached, start)
+        if not self.seen or self.seen[0].shape[0] != window[0].shape[0]:
+            kept = 0
+        elif not all(torch.equal(a[:, :kept], b[:, :kept]) for a, b in zip(self.seen, window, strict=True)):
+            differs = [(a[:, :kept] != b[:, :kept]).any(0) for a, b in zip(self.seen, window, strict=True)]
+            kept = int(torch.stack(differs).any(0).nonzero()[0]) // block * block
+        if kept == 0:
+            self.cache = BlockCache()
+        elif kept < cached:
+            self.cache.crop(kept - cached)
+        return kept
+
+
+class BlockLM(nn.Module):
+    """A transformers decoder as `model=` of `LLaDA2Pipeline`: block-causal, with a cache of finished blocks.
+
+    Tokens of a block see each other and all earlier blocks, whatever mask the model would make for itself. A step
+    returns the logits of the last block only, which is what the pipeline reads. The cache follows the tokens: whatever
+    changes in a finished block, from a new prompt to a callback's edit, is forwarded again. Padding is never read.
+
+    Args:
+        lm: takes `input_ids, attention_mask` (4-D, additive), `position_ids, past_key_values`, and returns `.logits`.
+        block_length: tokens of a block; must be the pipeline's.
+        reuse: `TokenCount` reuses attention to finished blocks between steps (FlashBlock). It needs a model that
+            attends through transformers' attention interface.
+        cache: False forwards the whole text at every step: what the pipeline does by itself, as the dense arm.
+        approximate: cache although the model turns out not to be block-causal; the report says so.
+        kernel: one of `diffaccel.kernel.CHOICES`, for the block at work.
+
+    Raises:
+        KnobError: block_length below 1, or `reuse` without a cache.
+        UnsupportedError: from the first forward: the model is not block-causal, which is checked by running it, or its
+            attention cannot be split.
+        NotEngagedError: on leaving `with`, if `reuse` was asked for and nothing was ever reused.
+    """
+
+    lm: Any
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        block_length: int,
+        *,
+        reuse: TokenCount | None = None,
+        cache: bool = True,
+        approximate: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        if block_length < 1:
+            raise KnobError(f"block_length is a number of tokens >= 1, got {block_length}")
+        if reuse is not None and not cache:
+            raise KnobError("reuse needs the cache of finished blocks, got cache=False; drop one of the two")
+        self.lm, self.block_length = lm, block_length
+        self.reuse, self.cached, self.approximate, self.kernel = reuse, cache, approximate, kernel
+        self.doubts: list[str] = []
+        self._checked: tuple[torch.device, torch.dtype] | None = None
+        self._interface = bool(getattr(lm, "_can_set_attn_implementation", lambda: False)())
+        self._keeps_logits = "logits_to_keep" in inspect.signature(lm.forward).parameters
+        self.reset()
+        self._refuse_windows()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.lm.parameters()).dtype
+
+    def reset(self) -> None:
+        """Forget the cache and the counters."""
+        self._progress = _Progress()
+
+    def __enter__(self) -> "BlockLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._progress = _Progress(counters=self._progress.counters)  # frees the cache
+        if kind is None:
+            self.require_engaged()
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, block_length, V) of the last block of `input_ids` (B, N), N whole blocks.
+
+        `attention_mask` (B, N) is 0 where a token is padding, `position_ids` (B, N) count from 0 where left out.
+        """
+        batch, length = input_ids.shape
+        if length % self.block_length or not length:
+            raise UnsupportedError(
+                f"the text must be whole blocks of block_length={self.block_length} tokens, got {length} tokens; "
+                "give BlockLM and the pipeline the same block_length"
+            )
+        self.check()
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device).expand(batch, -1)
+        logits = self._forward(self._progress, (input_ids, valid, position_ids))
+        return CausalLMOutputWithPast(logits=logits)
+
+    def _forward(self, progress: _Progress, window: tuple[Tensor, ...]) -> Tensor:
+        counters, (batch, length) = progress.counters, window[0].shape
+        counters.passes += 1
+        counters.tokens_uncached += batch * length
+        if not self.cached:
+            counters.tokens_forwarded += batch * length
+            return self._logits(window, None, self._additive(window[1], 0, length))
+        block, start = self.block_length, length - self.block_length
+        kept = progress.keep(window, start, block)
+        new = tuple(part[:, kept:] for part in window)
+        counters.tokens_forwarded += new[0].numel()
+        try:
+            if self._interface:
+                now = self._pass(progress, window, kept)
+                with at_work(self.lm, now):
+                    logits = self._logits(new, progress.cache, None)
+            else:
+                logits = self._logits(new, progress.cache, self._additive(window[1], kept, length))
+        except BaseException:
+            progress.cache, progress.seen = BlockCache(), ()  # its layers may hold different tokens now
+            raise
+        progress.cache.crop(-block)
+        progress.seen = tuple(part[:, :start].clone() for part in window) if kept < start else progress.seen
+        return logits
+
+    def _pass(self, progress: _Progress, window: tuple[Tensor, ...], kept: int) -> Pass:
+        (tokens, valid, _), block, counters = window, self.block_length, progress.counters
+        start = tokens.shape[1] - block
+        outside = inside = None
+        if not bool(valid.all()):  # of each part alone: the tail of the last block is padding in most texts
+            allowed = self._allowed(valid, start, start + block)
+            outside = None if bool(valid[:, :start].all()) else allowed[..., :start]
+            inside = None if bool(valid[:, start:].all()) else allowed[..., start:]
+        mask = self._additive(valid, kept, start) if kept < start else None
+        now = Pass(start - kept, mask, outside, inside, self.kernel, counters)
+        if self.reuse is None or not start:
+            return now
+        last, at_work = progress.outside, tokens[:, start:]
+        changed = None
+        if kept == start and last is not None and last.start == start:
+            dirty = at_work != last.tokens
+            if not bool((last.dirty & ~dirty).any()):  # a token that is masked again begins another generation
+                changed = int(dirty.sum(1).max())
+                fewest = counters.fewest_changed
+                counters.fewest_changed = changed if fewest is None else min(changed, fewest)
+        now.answer = self.reuse.answer(changed)
+        if now.answer == "reuse":
+            assert last is not None
+            last.dirty, now.stored, now.drop = dirty, last.stored, self.reuse.dirty == "drop"
+            now.dirty = dirty if changed else None
+        else:
+            progress.outside = _Outside(start, at_work.clone(), torch.zeros_like(at_work, dtype=torch.bool))
+            now.stored = progress.outside.stored
+        return now
+
+    def _logits(
+        self, window: tuple[Tensor, ...], cache: BlockCache | None, mask: Tensor | None, *, whole: bool = False
+    ) -> Tensor:
+        keep = {"logits_to_keep": self.block_length} if self._keeps_logits and not whole else {}
+        ids, _, positions = window
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        logits = self.lm(**given, use_cache=cache is not None, **keep).logits
+        return logits if whole else logits[:, -self.block_length :]
+
+    def _allowed(self, valid: Tensor, start: int, stop: int) -> Tensor:
+        """(B, stop - start, stop): which keys tokens from `start` on see. All but padding in their block and earlier
+        ones, and themselves: padding that sees nothing else would be a softmax over no key."""
+        index = torch.arange(stop, device=valid.device)
+        blocks = index // self.block_length
+        causal = blocks <= blocks[start:, None]
+        return causal & (valid[:, None, :stop] | (index == index[start:, None]))
+
+    def _additive(self, valid: Tensor, start: int, stop: int) -> Tensor:
+        """`_allowed` as what is added to scores, (B, 1, stop - start, stop)."""
+        allowed = self._allowed(valid, start, stop)[:, None]
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=valid.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+
+    # -- is the cache exact, did the reuse engage ---------------------------------------------------------------------
+
+    def _refuse_windows(self) -> None:
+        config: Any = getattr(self.lm, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        types = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        if (types and set(types) != {"full_attention"}) or (not types and window):
+            met = f"layer types {', '.join(sorted(set(types)))}" if types else f"a sliding window of {window} tokens"
+            raise UnsupportedError(
+                f"finished blocks are read whole, so every layer must attend to all of the text, and "
+                f"{type(self.lm).__name__} has {met}; use a model with full attention only"
+            )
+
+    def check(self) -> None:
+        """Run the model on a few blocks of random tokens: is it block-causal, do cached logits equal uncached ones?
+
+        Once for a device and dtype. Raises `UnsupportedError` with what was found, unless `approximate`, where
+        `doubts` and the report hold it.
+        """
+        where = (self.device, self.dtype)
+        if self._checked == where:
+            return
+        with torch.no_grad():
+            self.doubts = [] if not self.cached else self._find_doubts()
+        if self.doubts and not self.approximate:
+            raise UnsupportedError(
+                f"a cache of finished blocks is exact only for a block-causal model, and {type(self.lm).__name__} is "
+                f"not: {'; '.join(self.doubts)}; use cache=False, or approximate=True to cache all the same"
+            )
+        self._checked = where
+
+    def _find_doubts(self) -> list[str]:
+        block, device, training = self.block_length, self.device, self.lm.training
+        vocabulary = self.lm.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (1, 3 * block), generator=torch.Generator().manual_seed(0)).to(device)
+        later, same = ids.clone(), ids.clone()
+        later[:, 2 * block :] = (ids[:, 2 * block :] + 1) % vocabulary
+        same[:, 2 * block - 1] = (ids[:, 2 * block - 1] + 1) % vocabulary
+        self.lm.eval()
+        try:
+            usual = self._uncached(ids)
+            unseen = max(_UNSEEN, torch.finfo(self.dtype).eps)
+            found = []
+            leak = _difference(self._uncached(later)[:, : 2 * block], usual[:, : 2 * block])
+            if leak > unseen:
+                found.append(
+                    f"other tokens in a later block change the logits of earlier ones by {leak:.2g} of their size"
+                )
+            inner = slice(block, 2 * block - 1)
+            if block > 1 and _difference(self._uncached(same)[:, inner], usual[:, inner]) <= unseen:
+                found.append("a token does not see the later ones of its own block, so the model reads no 4-D mask")
+            gap = self._cached_gap(ids, usual)
+        finally:
+            self.lm.train(training)
+        if gap > _ROUNDING.get(self.dtype, _ROUNDING[torch.bfloat16]):
+            found.append(f"logits with the cache differ from those without by {gap:.2g} of their size")
+        return found
+
+    def _uncached(self, ids: Tensor) -> Tensor:
+        valid, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1], device=ids.device)[None]
+        return self._logits((ids, valid, positions), None, self._additive(valid, 0, ids.shape[1]), whole=True)
+
+    def _cached_gap(self, ids: Tensor, usual: Tensor) -> float:
+        """The largest difference of cached logits, over two windows and a second step in the last of them."""
+        block, progress, gaps = self.block_length, _Progress(), []
+        for stop in (2 * block, 3 * block, 3 * block):
+            part = ids[:, :stop]
+            window = (part, torch.ones_like(part, dtype=torch.bool), torch.arange(stop, device=ids.device)[None])
+            cached = self._forward(progress, window)
+            if self._interface and not progress.counters.calls:
+                self._interface = False  # it says it attends through the interface, and does not
+                return self._cached_gap(ids, usual)
+            gaps.append(_difference(cached, usual[:, stop - block : stop]))
+        if self.reuse is not None and not self._interface:
+            raise UnsupportedError(
+                f"reuse needs a model that attends through transformers' attention interface, and "
+                f"{type(self.lm).__name__} does not; leave reuse out, the cache works without"
+            )
+        return max(gaps)
+
+    def require_engaged(self) -> None:
+        """Raise `NotEngagedError` with the reason if reuse was asked for and never happened."""
+        counters, reuse = self._progress.counters, self.reuse
+        if reuse is None or reuse.is_exact or counters.external_reused:
+            return
+        if not counters.passes:
+            why = "nothing was generated"
+        elif counters.fewest_changed is None:
+            why = "no block with finished ones before it took a second step: generate more tokens, or take more steps"
+        else:
+            why = (
+                f"every step changed at least tau={reuse.tau} tokens, the fewest were {counters.fewest_changed}: "
+                "raise tau, or take more steps or a higher threshold, so that a step unmasks fewer"
+            )
+        raise NotEngagedError(f"TokenCount (reuse) was asked for and never reused anything: {why}")
+
+    def report(self) -> dict[str, Any]:
+        """What was forwarded and computed, as plain data: the fields of `Counters`, `external_share` computed of the
+        query-key pairs outside the block (None without any), and what is approximate about it."""
+        counters = self._progress.counters
+        share = counters.pairs_computed / counters.pairs_total if counters.pairs_total else None
+        lossy = self.reuse is not None and not self.reuse.is_exact
+        return {
+            **asdict(counters),
+            "external_share": share,
+            "cache": self.cached,
+            "reuse": None if self.reuse is None else self.reuse.values(),
+            "interface": self._interface,
+            "approximate": [*self.doubts, *(["attention to finished blocks is reused"] if lossy else [])],
+        }
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the difference over that of `b`."""
+    a, b = a.double(), b.double()
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1e-30))

@@ -1,0 +1,385 @@
+"""Block-diffusion language models: the cache changes nothing but the work, reuse is counted, others are refused."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from diffaccel import KnobError, NotEngagedError, UnsupportedError
+from diffaccel.kernel import KERNELS, Partial, merge
+from diffaccel.pipelines import block_attention
+from diffaccel.pipelines.block_attention import NAME, BlockCache, grouped, masked
+from diffaccel.pipelines.block_lm import BlockLM, TokenCount
+
+MASK = 63
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,  # wide enough that attention matters to what comes out
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+def make(name="llama"):
+    torch.manual_seed(1)
+    return MODELS[name]().eval()
+
+
+def prompt_of(batch, length):
+    return torch.randint(4, 60, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def generate(model, ids, block, tokens=24, steps=8, threshold=1.1, **arguments):
+    """Through diffusers' pipeline; a threshold above 1 unmasks evenly, block / steps tokens a step."""
+    pipe = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler(block_length=block))
+    pipe.set_progress_bar_config(disable=True)
+    usual = {"editing_threshold": None, "eos_early_stop": False, "mask_token_id": MASK, "output_type": "seq"}
+    arguments = {**usual, "num_inference_steps": steps, "threshold": threshold, "gen_length": tokens, **arguments}
+    return pipe(input_ids=ids, block_length=block, **arguments).sequences
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("block", [1, 4, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("prompt", [5, 16])  # ends inside a block, and at a border of one
+def test_the_pipeline_writes_the_same_text_with_the_cache(name, block, batch, prompt):
+    lm, ids = make(name), prompt_of(batch, prompt)
+    dense, cached = BlockLM(lm, block, cache=False), BlockLM(lm, block)
+    assert torch.equal(generate(cached, ids, block, threshold=0.4), generate(dense, ids, block, threshold=0.4))
+    assert cached.report()["tokens_forwarded"] < dense.report()["tokens_forwarded"]
+    assert cached.report()["tokens_uncached"] == dense.report()["tokens_forwarded"]
+    assert cached.report()["approximate"] == []
+
+
+@pytest.mark.parametrize("block", [4, 8])
+@pytest.mark.parametrize("left", [True, False])
+def test_padded_rows_of_a_batch_read_no_padding(block, left):
+    """Left padding fills whole blocks of the first row; the tail behind the text is padding too."""
+    lm, ids = make(), prompt_of(2, 13)
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 9) if left else slice(9, None)] = 0
+    texts = [
+        generate(BlockLM(lm, block, **arm), ids, block, tokens=22, attention_mask=mask)
+        for arm in ({"cache": False}, {}, {"reuse": TokenCount(tau=1)})
+    ]
+    assert torch.equal(texts[1], texts[0])
+    assert torch.equal(texts[2], texts[0])
+    other = ids.clone()
+    other[0, mask[0] == 0] = 7
+    assert torch.equal(generate(BlockLM(lm, block), other, block, tokens=22, attention_mask=mask), texts[0])
+
+
+def test_logits_equal_those_of_the_whole_text_step_by_step():
+    lm, ids = make("qwen3"), prompt_of(2, 20)
+    dense, cached = BlockLM(lm, 4, cache=False), BlockLM(lm, 4)
+    for stop in (12, 12, 16, 20, 8):  # a second step, new blocks, and back to an earlier one
+        torch.testing.assert_close(cached(ids[:, :stop]).logits, dense(ids[:, :stop]).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_forwarded_once_and_then_a_block_at_a_time():
+    ids, block, steps = prompt_of(1, 13), 4, 4
+    model = BlockLM(make(), block)
+    generate(model, ids, block, tokens=19, steps=steps)
+    report = model.report()
+    blocks = 5  # the first of them begins with the prompt's last token; the pipeline takes all 4 steps there as well
+    assert report["passes"] == blocks * steps
+    # the block at work at every step, and every block but the last once it is finished
+    assert report["tokens_forwarded"] == blocks * steps * block + 12 + (blocks - 1) * block
+    assert report["tokens_uncached"] == sum(steps * (16 + block * n) for n in range(blocks))
+
+
+def test_what_changes_in_a_finished_block_is_forwarded_again():
+    lm, ids = make(), prompt_of(1, 24)
+    model, dense = BlockLM(lm, 4), BlockLM(lm, 4, cache=False)
+    model(ids)
+    before = model.report()["tokens_forwarded"]
+    other = ids.clone()
+    other[:, 9] = 5
+    torch.testing.assert_close(model(other).logits, dense(other).logits, atol=1e-4, rtol=1e-4)
+    assert model.report()["tokens_forwarded"] - before == 24 - 8  # the first two blocks are as they were
+
+
+def test_an_interrupted_forward_leaves_no_half_written_cache(monkeypatch):
+    lm, ids = make(), prompt_of(1, 16)
+    model, calls = BlockLM(lm, 4), itertools.count()
+    model(ids[:, :8])
+    update = BlockCache.update
+
+    def stop(self, *args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(BlockCache, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, :12])
+    expected = BlockLM(lm, 4, cache=False)(ids[:, :12]).logits
+    torch.testing.assert_close(model(ids[:, :12]).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_copies_nothing_of_the_past_at_a_step():
+    cache, step = BlockCache(), torch.zeros(1, 2, 4, 8)
+    cache.update(torch.ones(1, 2, 30, 8), torch.ones(1, 2, 30, 8), 0)
+    cache.update(step, step, 0)
+    cache.crop(-4)
+    first, _ = cache.update(step, step, 0)
+    cache.crop(-4)
+    again, _ = cache.update(step, step, 0)
+    assert first.data_ptr() == again.data_ptr()
+    assert again.shape[2] == cache.get_seq_length() == 34
+    assert again[:, :, :30].eq(1).all()
+    assert again[:, :, 30:].eq(0).all()
+
+
+def test_the_model_is_left_as_it_was():
+    lm = make()
+    ids = prompt_of(1, 12)
+    before = lm.config._attn_implementation, lm(ids).logits
+    BlockLM(lm, 4)(ids)
+    assert lm.config._attn_implementation == before[0] != NAME
+    assert torch.equal(lm(ids).logits, before[1])
+
+
+# -- is the model block-causal -------------------------------------------------------------------------------------
+
+
+class Masking(nn.Module):
+    """A Llama with a mind of its own about masks."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.inner, self.mask = make(), mask
+        self.config = self.inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask=None, **given):
+        return self.inner(input_ids, attention_mask=self.mask(attention_mask), **given)
+
+
+def test_a_model_without_the_attention_interface_takes_the_cache_but_no_reuse():
+    lm, ids = Masking(lambda mask: mask), prompt_of(2, 9)
+    cached = BlockLM(lm, 4)
+    assert torch.equal(generate(cached, ids, 4), generate(BlockLM(lm, 4, cache=False), ids, 4))
+    assert not cached.report()["interface"]
+    with pytest.raises(UnsupportedError, match="reuse needs a model that attends through transformers' attention"):
+        generate(BlockLM(lm, 4, reuse=TokenCount()), ids, 4)
+
+
+REFUSED = {
+    "bidirectional": (torch.zeros_like, "other tokens in a later block change the logits of earlier ones"),
+    "token-causal": (lambda mask: None, "a token does not see the later ones of its own block"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_is_not_block_causal_is_refused_by_running_it(kind):
+    mask, sentence = REFUSED[kind]
+    lm, ids = Masking(mask), prompt_of(1, 8)
+    with pytest.raises(UnsupportedError, match=sentence):
+        generate(BlockLM(lm, 4), ids, 4)
+    generate(BlockLM(lm, 4, cache=False), ids, 4)
+    model = BlockLM(lm, 4, approximate=True)
+    generate(model, ids, 4)
+    assert any(sentence in doubt for doubt in model.report()["approximate"])
+
+
+def test_a_model_whose_cached_logits_differ_is_refused(monkeypatch):
+    half = block_attention.grouped
+    monkeypatch.setattr(block_attention, "grouped", lambda chosen, q, k, v, scale: half(chosen, q, k, v, scale / 2))
+    with pytest.raises(UnsupportedError, match="logits with the cache differ from those without"):
+        BlockLM(make(), 4)(prompt_of(1, 8))
+
+
+def test_sliding_windows_are_refused_and_so_is_a_text_of_other_blocks():
+    with pytest.raises(UnsupportedError, match="sliding window of 4 tokens"):
+        BlockLM(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)), 4)
+    config = Qwen3Config(**SIZES, head_dim=16, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(UnsupportedError, match="layer types full_attention, sliding_attention"):
+        BlockLM(Qwen3ForCausalLM(config), 4)
+    with pytest.raises(UnsupportedError, match="whole blocks of block_length=4 tokens, got 10"):
+        BlockLM(make(), 4)(prompt_of(1, 10))
+    with pytest.raises(KnobError, match="block_length is a number of tokens >= 1, got 0"):
+        BlockLM(make(), 0)
+    with pytest.raises(KnobError, match="reuse needs the cache"):
+        BlockLM(make(), 4, reuse=TokenCount(), cache=False)
+
+
+# -- splitting attention -------------------------------------------------------------------------------------------
+
+
+def parts(scale=0.3):
+    q, k, v = torch.randn(2, 8, 4, 16), torch.randn(2, 24, 2, 16), torch.randn(2, 24, 2, 16)
+    sdpa = KERNELS["sdpa"]
+    cut = [grouped(sdpa, q, k[:, keys], v[:, keys], scale) for keys in (slice(0, 16), slice(16, None))]
+    wide = [x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v)]
+    whole = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *wide, scale=scale).transpose(1, 2)
+    return q, k, v, cut, whole
+
+
+def test_outside_and_inside_merge_to_attention_of_grouped_heads():
+    _, _, _, cut, whole = parts()
+    torch.testing.assert_close(merge(cut).out, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_a_log_sum_exp_in_base_2_does_not_merge():
+    _, _, _, cut, whole = parts()
+    wrong = merge([Partial(part.out, part.lse / torch.log(torch.tensor(2.0))) for part in cut])
+    assert (wrong.out - whole).abs().max() > 1e-2
+
+
+def test_masked_attention_is_the_kernel_where_all_is_allowed_and_nothing_where_nothing_is():
+    q, k, v, _, whole = parts()
+    allowed = torch.ones(2, 8, 24, dtype=torch.bool)
+    torch.testing.assert_close(masked(q, k, v, 0.3, allowed).out, whole, atol=1e-6, rtol=1e-5)
+    allowed[0, 3] = False
+    out, lse = masked(q, k, v, 0.3, allowed)
+    assert out[0, 3].eq(0).all()
+    assert lse[0, 3].eq(-torch.inf).all()
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("asks", [{"sliding_window": 4}, {"softcap": 30.0}])
+def test_attention_that_is_no_plain_softmax_is_refused(asks):
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(UnsupportedError, match=next(iter(asks))):
+        block_attention.block_attention(nn.Identity(), x, x, x, None, **asks)
+    with pytest.raises(UnsupportedError, match="equally wide, and Identity has 8 and 4"):
+        block_attention.block_attention(nn.Identity(), x, x, x[..., :4], None)
+
+
+# -- reuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "answers"),
+    [
+        (TokenCount(tau=1), ["together"] * 5),
+        (TokenCount(tau=2), ["store", "reuse", "reuse", "store", "store"]),
+        (TokenCount(tau=3, dirty="drop"), ["store", "reuse", "reuse", "reuse", "store"]),
+    ],
+)
+def test_it_refreshes_at_the_first_step_and_from_tau_changed_tokens_on(policy, answers):
+    assert [policy.answer(changed) for changed in (None, 0, 1, 2, 3)] == answers
+
+
+@pytest.mark.parametrize("tau", [0, -1, 1.5, True, "2"])
+def test_less_than_a_token_is_refused(tau):
+    with pytest.raises(KnobError, match=r"TokenCount: tau is a number of tokens >= 1, got tau="):
+        TokenCount(tau=tau)
+    with pytest.raises(KnobError, match=r"unknown TokenCount\.dirty 'keep': choose one of drop, recompute"):
+        TokenCount(dirty="keep")
+
+
+def test_tau_of_one_is_dense():
+    lm, ids = make(), prompt_of(2, 9)
+    with BlockLM(lm, 8, reuse=TokenCount(tau=1)) as model:
+        text = generate(model, ids, 8)
+    assert torch.equal(text, generate(BlockLM(lm, 8, cache=False), ids, 8))
+    assert model.report()["external_reused"] == 0
+    assert model.report()["external_share"] == 1
+    assert model.report()["approximate"] == []
+
+
+@pytest.mark.parametrize("dirty", ["drop", "recompute"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_reuse_is_counted_exactly(dirty, batch):
+    """8 tokens in 8 steps, tau=3: computed with 0, 3 and 6 tokens done, reused with 1 and 2 changed since."""
+    layers, block, steps = 2, 8, 8
+    with BlockLM(make(), block, reuse=TokenCount(tau=3, dirty=dirty)) as model:
+        generate(model, prompt_of(batch, 16), block, tokens=16, steps=steps)
+    report = model.report()
+    assert report["external_computed"] == 2 * layers * 3
+    assert report["external_reused"] == 2 * layers * 5
+    assert report["fewest_changed"] == 1
+    past = 16 + 24
+    assert report["pairs_total"] == batch * layers * block * steps * past
+    if dirty == "drop":
+        assert report["pairs_computed"] == batch * layers * block * 3 * past
+        assert report["external_share"] == 3 / 8
+    elif batch == 1:  # 1, 2, 1, 2, 1 rows at the steps that reuse; in a batch, rows dirty in any of it
+        assert report["pairs_computed"] == layers * (block * 3 + 7) * past
+
+
+@pytest.mark.parametrize("dirty", ["drop", "recompute"])
+def test_the_first_layer_of_a_reused_step(dirty):
+    """Queries of the first layer are the tokens themselves: those that did not change are exact there, those that did
+    are exact if recomputed, and see their block alone if dropped."""
+    torch.manual_seed(1)
+    lm = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})).eval()
+    ids = prompt_of(2, 24)
+    model, dense = BlockLM(lm, 8, reuse=TokenCount(tau=4, dirty=dirty)), BlockLM(lm, 8, cache=False)
+    model(ids)
+    ids[0, 17], ids[1, 20] = 3, 2
+    reused, expected = model(ids).logits, dense(ids).logits
+    assert model.report()["external_reused"] == 1
+    changed = torch.zeros(2, 8, dtype=torch.bool)
+    changed[0, 1] = changed[1, 4] = True
+    torch.testing.assert_close(reused[~changed], expected[~changed], atol=1e-4, rtol=1e-4)
+    if dirty == "recompute":
+        torch.testing.assert_close(reused[changed], expected[changed], atol=1e-4, rtol=1e-4)
+        return
+    alone = BlockLM(lm, 8)
+    alone.check()
+    positions = torch.arange(16, 24).expand(2, -1)
+    inside = alone(ids[:, 16:], position_ids=positions).logits
+    torch.testing.assert_close(reused[changed], inside[changed], atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_stored_is_forgotten_with_the_block_the_prefix_and_the_text():
+    ids = prompt_of(1, 24)
+    model = BlockLM(make(), 8, reuse=TokenCount(tau=3))
+
+    def reused(window):
+        before = model.report()["external_reused"]
+        model(window)
+        return model.report()["external_reused"] > before
+
+    one = ids.clone()
+    one[:, 17] = 3
+    assert [reused(ids), reused(one)] == [False, True]
+    edited = one.clone()
+    edited[:, 2] = 3
+    assert not reused(edited)  # another past
+    assert reused(edited)
+    assert [reused(one[:, :16]), reused(one)] == [False, False]  # another block, and back
+    changed = one.clone()
+    changed[:, 19] = 3
+    assert [reused(changed), reused(one)] == [True, False]  # a token as it was before: another generation
+
+
+def test_what_was_asked_for_and_never_reused_is_an_error_that_says_why():
+    def run(tau, **arguments):
+        with BlockLM(make(), 4, reuse=TokenCount(tau=tau)) as model:
+            generate(model, prompt_of(1, 8), 4, **arguments)
+
+    with pytest.raises(NotEngagedError, match=r"at least tau=2 tokens, the fewest were 2: raise tau"):
+        run(2, steps=2)
+    with pytest.raises(NotEngagedError, match="no block with finished ones before it took a second step"):
+        run(2, steps=1)
+    with pytest.raises(NotEngagedError, match="nothing was generated"), BlockLM(make(), 4, reuse=TokenCount()):
+        pass
+    with pytest.raises(ZeroDivisionError), BlockLM(make(), 4, reuse=TokenCount()):
+        _ = 1 / 0  # what went wrong first is what is said
+
+
+def test_half_precision_passes_the_check():
+    lm, ids = make().to(torch.bfloat16), prompt_of(1, 16)
+    model = BlockLM(lm, 8, reuse=TokenCount(tau=2))
+    assert model(ids).logits.shape == (1, 8, 64)
+    assert model.dtype == torch.bfloat16
+    assert model.device == torch.device("cpu")
