@@ -42,11 +42,9 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         if answer == "together":
             result = read(memory.past_and_block())
         else:
-            outside = run.stored(site, memory) if answer == "reuse" else None
-            if outside is None:
-                outside = read(memory.past())
-                if answer != "apart":
-                    run.store(site, memory, outside)
-            result = merge([outside, read([memory.block()])])
+            inside = read([memory.block()])
+            outside = run.outside(answer, site, memory, call, lambda reader: read(memory.past(), reader=reader))
+            run.saw(site, outside, inside)
+            result = merge([outside, inside])
     run.close(call, keys=k_BNHD.shape[1])
     return result.out

@@ -1,4 +1,4 @@
-"""Calibration: a few dense videos of a model, and beside each attention call how well a method would have read it.
+"""Calibration: a few dense videos of a model, and beside each attention call what a method would have made of it.
 
 from diffaccel.calibrate import calibrate
 
@@ -22,16 +22,22 @@ from torch import Tensor
 from . import backbone, kernel
 from .accel import Accel
 from .errors import KnobError, NotEngagedError, UnsupportedError
-from .policy import Selector
+from .kernel import Partial, merge
+from .policy import Answer, ReusePolicy, Selector
 from .profile import Model, Profile
+from .reuse.flashblock import TABLES, FlashBlock
 from .selection.annsa import AnnSA
 from .selection.recall import mass_read
 
 if TYPE_CHECKING:
     from .cache import Entries, Lasting
+    from .run import Run
     from .site import Site
 
-METHODS = ("annsa",)
+Axes = dict[str, tuple[float, ...]]
+Tables = dict[str, NDArray[np.float64]]
+
+METHODS: dict[str, type[AnnSA] | type[FlashBlock]] = {"annsa": AnnSA, "flashblock": FlashBlock}
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 PROMPTS = (
     "a large red circle moves left over a teal checkerboard",
@@ -39,12 +45,18 @@ PROMPTS = (
 )
 """What the bundled models are calibrated on where nothing is said."""
 
-_CALIBRATED = ("density", "layers", "profile", "sparse_layers")  # knobs that calibration is there to tell of
+GAPS = 8
+"""Steps that drift is measured over."""
+
+_CALIBRATED = {  # knobs that calibration is there to tell of
+    "AnnSA": ("density", "layers", "profile", "sparse_layers"),
+    "FlashBlock": ("refresh", "profile", "share", "cos", "lse", "extrapolate", "residual"),
+}
 
 
 def calibrate(
     pipe: Any,
-    policy: AnnSA | None = None,
+    policy: AnnSA | FlashBlock | None = None,
     *,
     prompts: Sequence[str],
     width: int,
@@ -55,23 +67,25 @@ def calibrate(
     on_prompt: Callable[[int], None] | None = None,
     **arguments: Any,
 ) -> Profile:
-    """The share of the attention mass that AnnSA reads at several densities, each step, layer and head.
+    """What a method would have made of the attention of dense videos, each step, layer and head.
 
-    Every prompt makes one dense video, from the same noise. Wherever AnnSA would choose, it does so on the side at each
-    of the densities; the share is averaged over the calls and branches, queries, and videos of a step, layer and head.
-    That holds a sorted copy of the past for each density.
+    Every prompt makes one dense video, from the same noise. Figures are averaged over the calls and branches, queries,
+    and videos of a step, layer and head. For AnnSA: the share of the attention mass that it reads at several densities,
+    wherever it would choose; that holds a sorted copy of the past for each density. For FlashBlock: how far attention
+    to the outside moved since each of the last `GAPS` steps, as the mean cosine of outputs, the mean distance of
+    log-sum-exps, and the error of the whole output if it were reused, root mean square, over the layer's own.
 
     Args:
-        policy: AnnSA with the knobs it will run with; density, layers and those of profiles stay at their defaults.
-        width, height: pixels. num_frames: pixel frames, enough for a past to choose from (`frames_wanted`).
-        densities: shares in (0, 1). A run at another one interpolates.
+        policy: the method with the knobs it will run with; those that the profile is to tell stay at their defaults.
+        width, height: pixels. num_frames: pixel frames, enough for a past to act on (`frames_wanted`).
+        densities: of AnnSA, shares in (0, 1). A run at another one interpolates.
         on_prompt: called with the number of every prompt, from 0, before its video.
         arguments: what else the pipeline is called with, such as `num_inference_steps`.
 
     Raises:
         KnobError: a density outside (0, 1), or a knob of `policy` that calibration varies.
-        UnsupportedError: the pipeline has two denoisers or cannot take AnnSA.
-        NotEngagedError: the first video left a density nothing to choose, with the reason.
+        UnsupportedError: the pipeline has two denoisers or cannot take the method.
+        NotEngagedError: the first video gave nothing to measure, with the reason.
     """
     policy = policy or AnnSA()
     check(policy, densities)
@@ -79,46 +93,53 @@ def calibrate(
     if len(denoisers) > 1:
         raise UnsupportedError(
             f"a profile is of one denoiser, and {type(pipe).__name__} has {len(denoisers)}: "
-            "name the layers that choose (selection.layers) instead"
+            "name the layers (selection.layers) or steps (reuse.refresh) instead"
         )
-    recorder = Recorder(tuple(replace(policy, density=density) for density in sorted(set(densities))))
+    recorder: Recorder | DriftRecorder
+    if isinstance(policy, AnnSA):
+        recorder = Recorder(tuple(replace(policy, density=density) for density in sorted(set(densities))))
+    else:
+        recorder = DriftRecorder(policy)
     size = {"width": width, "height": height, "num_frames": num_frames}
-    with Accel(selection=recorder)(pipe) as run:
+    with Accel(**{policy.slot: recorder})(pipe) as run:  # type: ignore[arg-type]
         for number, prompt in enumerate(prompts):
             if on_prompt is not None:
                 on_prompt(number)
             generator = torch.Generator().manual_seed(seed)
             pipe(prompt=prompt, **size, **arguments, generator=generator, output_type="latent")
-            for idle in recorder.idle():
-                raise NotEngagedError(f"nothing could be measured at density {idle.density}: {idle.why_idle(run)}")
+            reason = recorder.idle(run)
+            if reason:
+                raise NotEngagedError(f"nothing could be measured{reason}")
         versions = run.report().environment
-    model = Model.of(family.geometry(denoisers[0]), denoisers[0])
-    steps, recall = recorder.means(model.layers)
+    model, method = Model.of(family.geometry(denoisers[0]), denoisers[0]), type(policy).__name__
+    axes, tables = recorder.means(model.layers)
     return Profile(
-        method="AnnSA",
+        method=method,
         model=model,
         shape={"width": width, "height": height, "frames": num_frames, "steps": run.steps},
         prompts=len(prompts),
-        knobs={name: value for name, value in policy.values().items() if name not in _CALIBRATED},
+        knobs={
+            name: value for name, value in policy.values().items() if name not in _CALIBRATED[type(policy).__name__]
+        },
         versions=versions,
-        axes={"density": tuple(one.density for one in recorder.policies), "step": steps},
-        tables={"recall": recall},
+        axes=axes,
+        tables=tables,
     )
 
 
-def check(policy: AnnSA, densities: Sequence[float]) -> None:
+def check(policy: AnnSA | FlashBlock, densities: Sequence[float]) -> None:
     """Refuse what cannot be calibrated with `KnobError`."""
     if not densities or not all(0 < density < 1 for density in densities):
         raise KnobError(f"densities to measure at are shares in (0, 1), at least one, got {list(densities)}")
-    for name in _CALIBRATED:
+    for name in _CALIBRATED[type(policy).__name__]:
         if getattr(policy, name) != policy.defaults()[name]:
             raise KnobError(
-                f"calibration measures every layer at every density it is given, got {name}={getattr(policy, name)!r}: "
-                f"leave selection.{name} out"
+                f"calibration measures every layer, step and head, got {name}={getattr(policy, name)!r}: "
+                f"leave {policy.slot}.{name} out"
             )
 
 
-def frames_wanted(pipe: Any, policy: AnnSA, usual: int) -> int:
+def frames_wanted(pipe: Any, policy: AnnSA | FlashBlock, usual: int) -> int:
     """Pixel frames to calibrate with: as many as usual, or more, so that three blocks have a past of `min_past`."""
     if not getattr(pipe, "block_causal", False):
         return usual
@@ -127,12 +148,20 @@ def frames_wanted(pipe: Any, policy: AnnSA, usual: int) -> int:
 
 
 def summary(profile: Profile) -> Iterator[str]:
-    """Lines of a table: at each density the recall on average, of the best and of the worst layer."""
-    yield "density  recall  best layer  worst layer"
-    for density, recall in zip(profile.axes["density"], profile.tables["recall"], strict=True):
-        layers = recall.mean((0, 2))
-        best, worst = (f"{layer} ({layers[layer]:.3f})" for layer in (layers.argmax(), layers.argmin()))
-        yield f"{density:<7g}  {layers.mean():.3f}   {best:<10}  {worst}"
+    """Lines of a table: recall at each density, or drift since each number of steps; means, best and worst."""
+    if profile.method == "AnnSA":
+        yield "density  recall  best layer  worst layer"
+        for density, recall in zip(profile.axes["density"], profile.tables["recall"], strict=True):
+            layers = recall.mean((0, 2))
+            best, worst = (f"{layer} ({layers[layer]:.3f})" for layer in (layers.argmax(), layers.argmin()))
+            yield f"{density:<7g}  {layers.mean():.3f}   {best:<10}  {worst}"
+        return
+    yield "steps since  cosine  lowest of a head  log-sum-exp moved  furthest of a head  error if reused"
+    for number, gap in enumerate(profile.axes["gap"]):
+        later = [at for at, step in enumerate(profile.axes["step"]) if step >= gap]
+        cos, lse, error = (profile.tables[name][later, number] for name in ("cos", "lse", "error"))
+        moved = f"{lse.mean():<17.4f}  {lse.mean(0).max():<18.4f}"
+        yield f"{gap:<11g}  {cos.mean():.4f}  {cos.mean(0).min():<16.4f}  {moved}  {error.mean():.4f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,14 +198,64 @@ class Recorder(Selector):
                 self.sums[key] = self.sums[key] + recall if key in self.sums else recall
                 self.counts[key] += 1
 
-    def idle(self) -> list[AnnSA]:
-        """Those that never chose."""
+    def idle(self, run: "Run") -> str | None:
+        """At which density nothing was ever chosen, and why, or None."""
         met = {density for density, _, _ in self.counts}
-        return [policy for policy in self.policies if policy.density not in met]
+        idle = [policy for policy in self.policies if policy.density not in met]
+        return f" at density {idle[0].density}: {idle[0].why_idle(run)}" if idle else None
 
-    def means(self, layers: int) -> tuple[tuple[int, ...], NDArray[np.float64]]:
-        """The steps at which the policies chose, and the recall (densities, steps, layers, heads)."""
+    def means(self, layers: int) -> tuple[Axes, Tables]:
+        """The recall (densities, steps, layers, heads) at the steps at which the policies chose."""
         steps = sorted({step for _, step, _ in self.counts})
         keys = [(one.density, step, layer) for one in self.policies for step in steps for layer in range(layers)]
         means = torch.stack([self.sums[key] / self.counts[key] for key in keys]).cpu().double().numpy()
-        return tuple(steps), means.reshape(len(self.policies), len(steps), layers, -1)
+        axes = {"density": tuple(one.density for one in self.policies), "step": tuple(steps)}
+        return axes, {"recall": means.reshape(len(self.policies), len(steps), layers, -1)}
+
+
+@dataclass(frozen=True, eq=False)
+class DriftRecorder(ReusePolicy):
+    """Computes everything, and measures how far the outside moved since earlier steps of the block."""
+
+    paper: ClassVar[str] = FlashBlock.paper
+    summary: ClassVar[str] = "computes everything and measures what FlashBlock would have reused"
+    exact: ClassVar[dict[str, Any]] = {"policy": None}
+    is_exact = True
+
+    policy: FlashBlock
+    earlier: dict[tuple[str, int], list[tuple[int, int, Partial]]] = field(default_factory=dict)  # block, step
+    sums: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # (step, gap, layer): (3, H)
+    counts: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+
+    def answer(self, site: "Site") -> Answer:
+        return "together" if site.start < self.policy.min_past * site.grid.frames else "store"
+
+    def saw(self, site: "Site", outside: Partial, inside: Partial) -> None:
+        known = self.earlier.setdefault((site.branch, site.layer), [])
+        known[:] = [one for one in known if one[0] == site.block and site.step - GAPS <= one[1] < site.step]
+        exact = merge([outside, inside]).out.float()
+        square = exact.square().sum(-1).mean()
+        for _, step, partial in known:
+            cos = torch.cosine_similarity(partial.out.float(), outside.out.float(), dim=-1).mean((0, 1))
+            moved = (partial.lse - outside.lse).abs().mean((0, 1))
+            error = (merge([partial, inside]).out.float() - exact).square().sum(-1).mean((0, 1)) / square
+            key = (site.step, site.step - step, site.layer)
+            found = torch.stack([cos, moved, error.sqrt()])
+            self.sums[key] = self.sums[key] + found if key in self.sums else found
+            self.counts[key] += 1
+        known.append((site.block, site.step, outside))
+
+    def idle(self, run: "Run") -> str | None:
+        return None if self.counts else f": {self.policy.why_idle(run)}"
+
+    def means(self, layers: int) -> tuple[Axes, Tables]:
+        """Cosine, distance and error by (steps, gaps, layers, heads); where a block had no step so much earlier, those
+        of its first."""
+        steps, gaps = sorted({step for step, _, _ in self.counts}), sorted({gap for _, gap, _ in self.counts})
+        keys = [
+            (step, min(gap, step), layer) for step in steps for gap in gaps for layer in range(layers)
+        ]  # step 0 of every block was seen
+        means = torch.stack([self.sums[key] / self.counts[key] for key in keys]).cpu().double().numpy()
+        means = means.reshape(len(steps), len(gaps), layers, 3, -1)
+        axes = {"step": tuple(steps), "gap": tuple(gaps)}
+        return axes, {name: means[:, :, :, number] for number, name in enumerate(TABLES)}

@@ -143,33 +143,35 @@ def calibrate(
         list[str] | None,
         typer.Argument(metavar="PROMPT...", help="usual ones  [default for a bundled model: two of its own]"),
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="the profile, .json")] = Path("annsa.json"),
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the profile  [default: METHOD.json]")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
-    method: Annotated[str, typer.Option(help="what the profile is for: annsa")] = "annsa",
+    method: Annotated[str, typer.Option(help="what the profile is for: annsa or flashblock")] = "annsa",
     model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
     frames: Annotated[
-        int | None, typer.Option(help="pixel frames, 1 + 4k  [default: the model's, or what selection.min_past takes]")
+        int | None, typer.Option(help="pixel frames, 1 + 4k  [default: the model's, or what min_past takes]")
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels, for example 832x480")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps (of each block)")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="selection.KNOB=VALUE", help="as the profile will be used with")
+        list[str] | None, typer.Option("--set", metavar="SLOT.KNOB=VALUE", help="as the profile will be used with")
     ] = None,
-    densities: Annotated[str, typer.Option(help="shares of the keys to measure at")] = "0.1,0.2,0.3,0.5",
+    densities: Annotated[str, typer.Option(help="of annsa: shares of the keys to measure at")] = "0.1,0.2,0.3,0.5",
     seed: Annotated[int, typer.Option(help="of the noise; every prompt gets the same")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
 ) -> None:
-    """Measure which layers a method serves best, for --set selection.profile=FILE.
+    """Measure where a method serves a model best, for --set selection.profile=FILE or --set reuse.profile=FILE.
 
-    Makes a dense video of each prompt and writes the recall of attention mass at every density, step, layer and head.
+    Makes a dense video of each prompt and writes, for every step, layer and head, the recall of attention mass at every
+    density (annsa), or how far attention to the outside moved since earlier steps (flashblock).
     """
     with _one_sentence():
         from .calibrate import METHODS, PROMPTS, check, frames_wanted, summary
         from .calibrate import calibrate as measure
         from .suggest import choose
 
-        choose(method, METHODS, "method to calibrate")
+        kind = METHODS[choose(method, tuple(METHODS), "method to calibrate")]
+        out = Path(f"{method}.json") if out is None else out
         ours = model in (None, *BUNDLED_MODELS) and not prompts and prompts_file is None
         texts = list(PROMPTS) if ours else _read_prompts(prompts or [], prompts_file)
         _require(out.suffix.lower() == ".json" and not out.is_dir(), f"-o must name a .json file, got '{out}'")
@@ -177,9 +179,9 @@ def calibrate(
         asked = _parse_size(size) if size else None
         _require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         for change in changes or []:
-            _require(change.startswith("selection."), f"--set takes selection.KNOB=VALUE here, got '{change}'")
-        accel = build_accel("exact", ["prompt=none", "selection=AnnSA", *(changes or [])])
-        policy: Any = accel.selection
+            _require(change.startswith(f"{kind.slot}."), f"--set takes {kind.slot}.KNOB=VALUE here, got '{change}'")
+        accel = build_accel("exact", ["prompt=none", f"{kind.slot}={kind.__name__}", *(changes or [])])
+        policy: Any = getattr(accel, kind.slot)
         shares = _parse_shares(densities)
         check(policy, shares)
 
@@ -206,7 +208,7 @@ def calibrate(
                 **arguments,
             )
         profile.save(out)
-        typer.echo(f"{out}: recall of attention mass, {profile.about()}")
+        typer.echo(f"{out}: {kind.__name__}, {profile.about()}")
         typer.echo("\n".join(summary(profile)))
 
 
@@ -684,7 +686,7 @@ def _print_report(file: Path, frames: int, report: "Report") -> None:
         of = counts.keys_total
         kept, read = (f"{n / of:.1%}" if of else "-" for n in (counts.keys_kept, counts.keys_read))
         engaged = "yes" if counts.engaged else "NO"
-        table.add_row(slot, counts.method, engaged, str(counts.calls), str(counts.skipped), kept, read)
+        table.add_row(slot, counts.method, engaged, str(counts.calls), f"{counts.skipped:g}", kept, read)
     if report.slots:
         console.print(table)
     else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .backbone import Geometry
     from .cache import Entries, Extent, Lasting, Memory, Tier
     from .grid import Grid
+    from .kernel import Partial
     from .plan import Plan
     from .run import Run
     from .selection.blocks import Chosen
@@ -113,15 +114,24 @@ class CachePolicy(Policy):
         return {}
 
 
+Answer = Literal["together", "store", "reuse"] | tuple[int, ...]
+
+
 class ReusePolicy(Policy):
     """Slot reuse: is attention outside the block needed again at this step?"""
 
     slot = "reuse"
     needs_blocks = True
+    residual: bool = False  # beside a selection: reuse only what that leaves out
+    extrapolate: float = 0.0  # damping of what the last two computations show
 
     @abstractmethod
-    def answer(self, site: "Site") -> Literal["together", "store", "reuse"]:
-        """Read past and block in one call, compute the past apart and store its partial, or reuse what is stored."""
+    def answer(self, site: "Site") -> Answer:
+        """Read past and block in one call, compute the past apart and store its partial, or reuse what is stored; a
+        tuple: compute these heads and reuse the others."""
+
+    def saw(self, site: "Site", outside: "Partial", inside: "Partial") -> None:
+        """Look at the two parts of a call that computed or reused them apart."""
 
 
 class PromptPolicy(Policy):

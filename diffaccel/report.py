@@ -14,7 +14,8 @@ import torch
 class SlotReport:
     """One technique in one run. Key counts are sums over its attention calls, per query.
 
-    `calls` it was asked at; `skipped` of them it answered without reading what it stands for. `keys_total` is what
+    `calls` it was asked at; `skipped` of them it answered without reading what it stands for, a call of which it
+    answered some heads so by their share. `keys_total` is what
     dense attention would read there, `keys_kept` what was left after this technique, `keys_read` what the kernel
     read after all of them. `bytes` is the most memory its state held at once.
     """
@@ -23,7 +24,7 @@ class SlotReport:
     knobs: dict[str, Any]
     engaged: bool
     calls: int = 0
-    skipped: int = 0
+    skipped: float = 0
     keys_kept: int = 0
     keys_read: int = 0
     keys_total: int = 0
@@ -32,7 +33,8 @@ class SlotReport:
     def rounded(self) -> "SlotReport":
         """A copy with whole key counts: while a run goes on they may be fractions, or tensors on the GPU."""
         counts = {name: round(float(getattr(self, name))) for name in ("keys_kept", "keys_read", "keys_total")}
-        return replace(self, **counts)  # type: ignore[arg-type]
+        skipped = round(self.skipped, 3)
+        return replace(self, skipped=int(skipped) if skipped == int(skipped) else skipped, **counts)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Report:
             kept, read = (f"{n / r.keys_total:.1%}" if r.keys_total else "-" for n in (r.keys_kept, r.keys_read))
             engaged = "yes" if r.engaged else "NO"
             state = f"{r.bytes / 2**20:.1f} MiB" if r.bytes else "-"
-            rows.append((slot, r.method, engaged, str(r.calls), str(r.skipped), kept, read, state))
+            rows.append((slot, r.method, engaged, str(r.calls), f"{r.skipped:g}", kept, read, state))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items() if v is not None)

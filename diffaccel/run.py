@@ -5,27 +5,28 @@ import sys
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import kernel
-from .cache import Entries, Extent, Fixed, KVCache, Lasting, Memory, Tier
+from .cache import Entries, Extent, Fixed, KVCache, Lasting, Memory, Reader, Tier
 from .errors import NotEngagedError
 from .grid import Grid
 from .joint import Text
-from .kernel import Partial
+from .kernel import Partial, merge
 from .kernel.weighted import over_entries
 from .observe import Observer
 from .plan import Plan
-from .policy import CachePolicy
+from .policy import Answer, CachePolicy
 from .report import Report, SlotReport, environment
+from .reuse.history import History, index, without
 from .selection.blocks import Chosen, over_blocks, path
 from .site import Part, Phase, Site
 
@@ -68,7 +69,7 @@ class Run:
         self._video_frames = 0
         self._memories: dict[tuple[str, int], Memory] = {}
         self._lasting: defaultdict[tuple[str, int], Lasting] = defaultdict(Lasting)
-        self._stored: dict[tuple[str, int], tuple[int, int, Partial]] = {}
+        self._histories: defaultdict[tuple[str, int], History] = defaultdict(History)
         self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
@@ -107,10 +108,24 @@ class Run:
 
     @contextmanager
     def at(
-        self, *, block: int, start: int, step: int, steps: int, phase: Phase = "denoise", branch: str = "cond"
+        self,
+        *,
+        block: int,
+        start: int,
+        step: int,
+        steps: int,
+        phase: Phase = "denoise",
+        branch: str = "cond",
+        noise: float | None = None,
     ) -> Iterator[None]:
-        """The forward inside runs `block`, whose first latent frame is `start`, at `step` of `steps`."""
-        self._where = replace(self._where, block=block, start=start, step=step, steps=steps, phase=phase, branch=branch)
+        """The forward inside runs `block`, whose first latent frame is `start`, at `step` of `steps`.
+
+        `noise` is its noise level in [0, 1], if it is not one less the share of the steps that are done.
+        """
+        noise = 1 - step / steps if noise is None else noise
+        self._where = replace(
+            self._where, block=block, start=start, step=step, steps=steps, phase=phase, branch=branch, noise=noise
+        )
         self._told = True
         self.blocks, self.steps = max(self.blocks, block + 1), max(self.steps, steps)
         try:
@@ -160,9 +175,8 @@ class Run:
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         self._tick()
-        held = (t for _, _, stored in self._stored.values() for t in stored)
         self._note_bytes("selection", sum(self._chosen_bytes.values()))
-        self._note_bytes("reuse", sum(t.numel() * t.element_size() for t in held))
+        self._note_bytes("reuse", sum(history.bytes for history in self._histories.values()))
         if not (self.causal and self._told and self._where.phase == "clean"):
             return
         branch = self._where.branch
@@ -253,24 +267,64 @@ class Run:
             self._memories[key] = Memory(tokens, self.cache.needs_queries, self.observer)
         return self._memories[key]
 
-    def reuse_answer(self, site: Site, memory: Memory) -> str:
+    def reuse_answer(self, site: Site, memory: Memory) -> "Answer | Literal['apart']":
         if not memory.count:
             return "together"
-        answer = "together" if self.accel.reuse is None else self.accel.reuse.answer(site)
-        apart = answer == "together" and any(selector.apart(site) for selector in self._selectors)
-        return "apart" if apart else answer
+        answer: Answer = "together" if self.accel.reuse is None else self.accel.reuse.answer(site)
+        if answer != "together" or not self._selects(site):
+            return answer
+        return "store" if self.accel.reuse is not None and self.accel.reuse.residual else "apart"
 
-    def stored(self, site: Site, memory: Memory) -> Partial | None:
-        """The partial stored for this block, unless what it was computed from has changed."""
-        block, version, partial = self._stored.get((site.branch, site.layer), (-1, -1, None))
-        if partial is None or (block, version) != (site.block, memory.version):
-            return None
-        self.slots["reuse"].skipped += 1
+    def outside(
+        self,
+        answer: "Answer | Literal['apart']",
+        site: Site,
+        memory: Memory,
+        call: "Call",
+        past: Callable[[Reader], Partial],
+    ) -> Partial:
+        """Attention to everything outside the block, computed by `past`, reused, or partly each."""
+        reuse = self.accel.reuse
+        if reuse is None or answer == "apart":
+            return past(call.read)
+        history, twice = self._histories[site.branch, site.layer], reuse.extrapolate > 0
+        if reuse.residual and self._selects(site):
+            return self._beside_selected(answer, site, memory, call, past)
+        key = (site.block, memory.version, "all")
+        heads = () if answer == "reuse" else answer if isinstance(answer, tuple) else None
+        if heads is None or not history.holds(key):
+            outside = past(call.read)
+            history.replace(key, outside, site.noise, twice)
+            return outside
+        if heads:
+            history.update(heads, past(call.of_heads(heads)), site.noise, twice)
+        self._reused(1 - len(heads) * len(history.noise) ** -1)
+        return history.recall(site.noise, reuse.extrapolate)
+
+    def saw(self, site: Site, outside: Partial, inside: Partial) -> None:
+        if self.accel.reuse is not None:
+            self.accel.reuse.saw(site, outside, inside)
+
+    def _beside_selected(
+        self, answer: Any, site: Site, memory: Memory, call: "Call", past: Callable[[Reader], Partial]
+    ) -> Partial:
+        """What is selected is computed, the rest of the outside reused."""
+        reuse, history = self.accel.reuse, self._histories[site.branch, site.layer]
+        assert reuse is not None
+        selected, key = past(call.read), (site.block, memory.version, "rest")
+        if answer == "reuse" and history.holds(key):
+            self._reused(1)
+            return merge([selected, history.recall(site.noise, reuse.extrapolate)])
+        whole = past(call.read_whole)
+        history.replace(key, without(whole, selected), site.noise, reuse.extrapolate > 0)
+        return whole
+
+    def _selects(self, site: Site) -> bool:
+        return any(selector.apart(site) for selector in self._selectors)
+
+    def _reused(self, share: float) -> None:
+        self.slots["reuse"].skipped += share
         self.fired("reuse")
-        return partial
-
-    def store(self, site: Site, memory: Memory, partial: Partial) -> None:
-        self._stored[site.branch, site.layer] = (site.block, memory.version, partial)
 
     def close(self, call: "Call", keys: int) -> None:
         """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
@@ -323,7 +377,7 @@ class Run:
         """Drop every cache and what its policy knows, in the middle of a generation."""
         self._memories.clear()
         self._lasting.clear()
-        self._stored.clear()
+        self._histories.clear()
         self._scratch.clear()
 
     def forget(self) -> None:
@@ -445,8 +499,17 @@ class Call:
         self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
         return over_entries(kernel, q, entries, scale, plan)
 
+    def of_heads(self, heads: Sequence[int]) -> Reader:
+        """`read` for some heads (B, S, heads, D) of all."""
+        return lambda q, entries: self.read(q[:, :, (at := index(heads, q.device))], entries.of_heads(at))
+
+    def read_whole(self, q: Tensor, entries: Entries) -> Partial:
+        """Attention of `q` over all of `entries`."""
+        self._count(q, entries.count)
+        return self.read_all(q, entries)
+
     def read_all(self, q: Tensor, entries: Entries) -> Partial:
-        """Attention of `q` over all of `entries`; not counted: for queries of text beside those of the video."""
+        """As `read_whole`, not counted: for queries of text beside those of the video."""
         return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, None)
 
     def _count(self, q: Tensor, keys: Any) -> None:

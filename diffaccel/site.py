@@ -20,7 +20,8 @@ class Site:
     runs a finished block once more at t = 0 to write its keys, has `step == steps` and `phase == "clean"`. `block`
     counts chunks of the video and `start` is the latent frame its first token belongs to; a bidirectional model has
     one block that starts at 0. `branch` keeps the passes of classifier-free guidance apart ("cond", "uncond").
-    `text` says where, in a self-attention joint with it, the text lies; `grid` is of the video's tokens alone.
+    `noise` is the noise level of the block's latents, from 1, noise alone, to 0. `text` says where, in a self-attention
+    joint with it, the text lies; `grid` is of the video's tokens alone.
     """
 
     layer: int
@@ -33,3 +34,4 @@ class Site:
     branch: str
     grid: Grid
     text: "Text | None" = None
+    noise: float = 0.0

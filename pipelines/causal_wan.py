@@ -355,6 +355,7 @@ class CausalWanPipeline(WanPipeline):
                 steps=rollout.steps,
                 phase=phase,
                 branch=branch,
+                noise=rollout.noise[step],
             )
             with where, self.transformer.cache_context(branch):
                 velocity[branch] = self.transformer(

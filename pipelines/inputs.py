@@ -3,6 +3,7 @@
 import copy
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import lcm
 from types import SimpleNamespace
@@ -42,6 +43,11 @@ class Rollout:
     @property
     def steps(self) -> int:
         return len(self.scheduler.timesteps)
+
+    @cached_property
+    def noise(self) -> list[float]:
+        """Noise level of every step in [0, 1], then that of the clean pass."""
+        return [t / self.scheduler.config.num_train_timesteps for t in self.scheduler.timesteps.tolist()] + [0.0]
 
 
 def block_ranges(start: int, stop: int, size: int) -> list[range]:

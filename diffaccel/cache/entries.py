@@ -1,7 +1,7 @@
 """Keys and values that attention may read, with what travels beside them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
 
@@ -44,6 +44,10 @@ class Entries:
     @property
     def count(self) -> int:
         return self.k.shape[1]
+
+    def of_heads(self, heads: slice | Tensor) -> "Entries":
+        """The same entries of some heads."""
+        return replace(self, k=self.k[:, :, heads], v=self.v[:, :, heads], lasting=Lasting())
 
     @property
     def bytes(self) -> int:
