@@ -1,8 +1,9 @@
-"""What a bounded cache, or reading a part of the keys, costs: techniques against dense attention, on a bundled model.
+"""What a bounded cache, a part of the keys, or reuse costs: techniques against dense attention, on a bundled model.
 
     python scripts/cache_quality.py --out out/cache                 # 8 prompts, 325 frames: minutes on a GPU
     python scripts/cache_quality.py --out out/cache --frames 81 --prompts 2 --only "budget 50"
     python scripts/cache_quality.py --out out/selection --suite selection --frames 161 --returns 0
+    python scripts/cache_quality.py --out out/reuse --suite reuse --frames 161 --returns 0    # calibrates first
 
 Every arm starts from the same noise. PSNR and SSIM of its frames against the dense ones, the first block left out: with
 shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
@@ -31,11 +32,14 @@ from tiny_world.metrics import memory_scenes, remembers
 from tiny_world.prompts import describe
 from torch import Tensor
 
-from diffaccel import Accel, AnnCA, AnnSA, Report, SinkRecent, Site, TempCache
+from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, Report, SinkRecent, Site, TempCache
 from diffaccel.cache.merged import MergedTier, MergedTokens
+from diffaccel.calibrate import PROMPTS as CALIBRATION
+from diffaccel.calibrate import calibrate, summary
 from diffaccel.kernel import Partial
 from diffaccel.pipelines.loading import load
 from diffaccel.plots import check_plots
+from diffaccel.policy import Answer
 from diffaccel.quality import psnr, ssim
 
 PROMPTS = (
@@ -169,6 +173,58 @@ def selections() -> list[Arm]:
     found += [Arm("TempCache 0.9", Accel(cache=TempCache(0.9))), Arm("TempCache 0.9 and AnnSA 0.3", both)]
     found += [Arm(f"AnnCA, {bits} bits", Accel(prompt=AnnCA(bits))) for bits in (0, 6, 8, 10, 12)]
     return found
+
+
+class OnlyOneBlock(FlashBlock):
+    """Reuses in the fifth block alone: how far a single block's error carries a free-running video."""
+
+    def answer(self, site: Site) -> Answer:
+        return super().answer(site) if site.block == 4 else "together"
+
+
+def reuses(profile: Path) -> list[Arm]:
+    """Arms of `--suite reuse`: fixed steps, schedules of least drift, the paper's thresholds, what a selection leaves."""
+    found = [
+        Arm("dense", Accel()),
+        Arm("noise floor (split kernel)", Accel(kernel="split")),
+        Arm("another seed", Accel(), seed=1000),
+    ]
+    for share, steps in ((0.5, (0, 2, 4, 6)), (0.375, (0, 3, 6)), (0.25, (0, 5)), (0.125, (0,))):
+        found.append(Arm(f"{share}: steps {', '.join(map(str, steps))}", Accel(reuse=FlashBlock(refresh=steps))))
+        if share > 0.125:
+            for damping in (0.0, 0.5):
+                reuse = FlashBlock(profile=str(profile), share=share, extrapolate=damping)
+                name = f"{share}: least drift{', extrapolated' if damping else ''}"
+                found.append(Arm(name, Accel(reuse=reuse)))
+            reuse = FlashBlock(refresh=steps, extrapolate=0.5)
+            found.append(Arm(f"{share}: steps {', '.join(map(str, steps))}, extrapolated", Accel(reuse=reuse)))
+    thresholds = FlashBlock(profile=str(profile))
+    selection = AnnSA(0.3, summaries=False)
+    return [
+        *found,
+        Arm("the paper's thresholds", Accel(reuse=thresholds)),
+        Arm("the paper's thresholds, clean pass too", Accel(reuse=replace(thresholds, clean_pass="reuse"))),
+        Arm("0.5: steps 0, 2, 4, 6, clean pass too", Accel(reuse=FlashBlock(refresh=2, clean_pass="reuse"))),
+        Arm("0.125: steps 0, in one block only", Accel(reuse=OnlyOneBlock(refresh=(0,)))),
+        Arm("AnnSA 0.3, no means", Accel(selection=selection)),
+        Arm("AnnSA 0.3, the rest reused", Accel(selection=selection, reuse=FlashBlock(refresh=(0, 3), residual=True))),
+        Arm("AnnSA 0.3, reused itself", Accel(selection=selection, reuse=FlashBlock(refresh=(0, 3)))),
+        Arm("TempCache 0.95 and 0.5", Accel(cache=TempCache(0.95), reuse=FlashBlock(refresh=2))),
+    ]
+
+
+def calibrated(options: argparse.Namespace) -> Path:
+    """A profile of FlashBlock for the model, made if it is not there."""
+    path: Path = options.out / "flashblock.json"
+    if not path.exists():
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipe = load(options.model, pipeline="causal", device=device, dtype=options.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        size = {"width": 128, "height": 128, "num_frames": min(options.frames, TRAINED)}
+        made = calibrate(pipe, FlashBlock(), prompts=CALIBRATION, num_inference_steps=8, guidance_scale=2.5, **size)
+        made.save(path)
+        print("\n".join(summary(made)), flush=True)
+    return path
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -329,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
-    parser.add_argument("--suite", default="cache", choices=("cache", "selection"))
+    parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse"))
     parser.add_argument("--only", default="", help="arms whose name holds this text")
     parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
@@ -342,7 +398,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row["settings"] != settings(options):
             print(f"{results} holds results of {row['settings']}; name another --out", file=sys.stderr)
             return 2
-    every = arms(1 + (options.frames - 1) // 4) if options.suite == "cache" else selections()
+    suites = {
+        "cache": lambda: arms(1 + (options.frames - 1) // 4),
+        "selection": selections,
+        "reuse": lambda: reuses(calibrated(options)),
+    }
+    every = suites[options.suite]()
     wanted = [arm for arm in every if options.only in arm.name][share - 1 :: shares]
     missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
     bench = Bench(options) if missing else None

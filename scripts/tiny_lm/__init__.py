@@ -1,0 +1,1 @@
+"""Text written by rule, and the block-diffusion language model trained on it."""
