@@ -213,6 +213,60 @@ def calibrate(
 
 
 @app.command()
+def text(
+    prompt: Annotated[str, typer.Argument(help="what to go on from; quote it")],
+    model: Annotated[str | None, typer.Option(help="folder or hub name of a block-diffusion language model")] = None,
+    preset: Annotated[str, typer.Option(help="exact or fast")] = "exact",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="reuse.tau=3  kernel=sdpa")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="tokens to write  [default: the model's, or 128]")] = None,
+    block: Annotated[int | None, typer.Option(help="tokens of a block  [default: the model's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps of a block, at most")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="confidence that unmasks a token; above 1: evenly over the steps")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="of the sampling; 0 takes the likeliest token")] = None,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    comparing: Annotated[bool, typer.Option("--compare", help="also write densely, and compare")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+    report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
+) -> None:
+    """Write text with a block-diffusion language model."""
+    with _one_sentence():
+        import transformers.utils.logging as transformers_logging
+
+        from .report import write_json
+        from .text import build_reuse, compare, load, to_report, unread, write
+
+        _require(bool(prompt.strip()), "the prompt is empty; say what the text should go on from")
+        if report is not None:
+            _check_parent(report)
+        how = build_reuse(preset, changes or [])
+        transformers_logging.disable_progress_bar()
+        opened = load(model, dtype, device)
+        writer = opened.writer(
+            max_tokens=max_tokens,
+            block_length=block,
+            num_inference_steps=steps,
+            threshold=threshold,
+            temperature=temperature,
+            seed=seed,
+        )
+        for sentence in unread(opened, prompt, writer):
+            _say(f"warning: {sentence}")
+        comparison = compare(opened, prompt, writer, *how) if comparing else None
+        written = write(opened, prompt, writer, *how) if comparison is None else comparison.arms["asked"]
+        typer.echo(written.text)
+        typer.echo("\n".join(comparison.lines()) if comparison else written.about())
+        if report is not None:
+            write_json(report, to_report(opened, prompt, writer, written, comparison))
+        if written.idle:
+            _fail(written.idle, 1)
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:

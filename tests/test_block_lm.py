@@ -1,18 +1,31 @@
 """Block-diffusion language models: the cache changes nothing but the work, reuse is counted, others are refused."""
 
 import itertools
+import json
 
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from typer.testing import CliRunner
 
 from diffaccel import KnobError, NotEngagedError, UnsupportedError
+from diffaccel.cli import app
 from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.pipelines import block_attention
 from diffaccel.pipelines.block_attention import NAME, BlockCache, grouped, masked
 from diffaccel.pipelines.block_lm import BlockLM, TokenCount
+from diffaccel.text import Comparison, Text
 
 MASK = 63
 SIZES = {
@@ -383,3 +396,141 @@ def test_half_precision_passes_the_check():
     assert model(ids).logits.shape == (1, 8, 64)
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
+
+
+# -- on the command line -------------------------------------------------------------------------------------------
+
+WORDS = ("<pad>", "<bos>", "<eos>", "<mask>", *(f"w{number}" for number in range(60)))
+PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model as a folder, whose blocks are 8 tokens of which a step unmasks one."""
+    place = tmp_path_factory.mktemp("lm")
+    save(place, make())
+    (place / "generation.json").write_text(json.dumps({"block_length": 8, "threshold": 1.1, "max_tokens": 22}))
+    return place
+
+
+def save(place, lm, **special):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "mask_token": "<mask>", **special}
+    lm.save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(place)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["text", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_command_writes_and_counts(folder, tmp_path):
+    result = command(PROMPT, "--model", folder, "--report", tmp_path / "r.json")
+    assert result.exit_code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert result.stdout.splitlines()[0] == report["text"]
+    assert "22 tokens in" in result.stdout
+    assert f"{report['report']['tokens_forwarded']} tokens forwarded" in result.stdout
+    # 9 + 22 tokens are 4 blocks, 3 of them at work
+    assert report["report"]["tokens_forwarded"] == 3 * 8 * 8 + 8 + 2 * 8
+    assert report["report"]["approximate"] == []
+    assert report["settings"]["num_inference_steps"] == 8
+    assert report["comparison"] is None
+    again = command(PROMPT, "--model", folder, "--set", "reuse.tau=1", "--set", "kernel=reference")
+    assert again.stdout.splitlines()[0] == report["text"]
+
+
+def test_the_command_compares(folder, tmp_path):
+    result = command(PROMPT, "--model", folder, "--preset", "fast", "--compare", "--report", tmp_path / "r.json")
+    assert result.exit_code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    arms = report["comparison"]["arms"]
+    assert list(arms) == ["dense", "cached", "asked"]
+    assert arms["dense"]["tokens"] == arms["cached"]["tokens"]
+    assert arms["asked"]["tokens"] == report["tokens"]
+    equal = [a == b for a, b in zip(arms["dense"]["tokens"], report["tokens"], strict=True)]
+    assert report["comparison"]["equal_tokens"] == sum(equal) / 22
+    assert f"tokens equal to dense: {sum(equal) / 22:.1%}" in result.stdout
+    assert arms["asked"]["report"]["external_reused"] > 0
+    exact = command(PROMPT, "--model", folder, "--compare")
+    assert "tokens equal to dense: 100.0%" in exact.stdout.splitlines()[-1]
+    assert "first difference" not in exact.stdout
+    assert "cached:" not in exact.stdout
+
+
+def test_agreement_counts_places_and_finds_the_first_difference():
+    def of(tokens):
+        return Text("", tokens, 1.0, {})
+
+    assert Comparison({"dense": of([1, 2, 3]), "asked": of([1, 2, 3])}).agreement() == (1.0, None)
+    assert Comparison({"dense": of([1, 2, 3, 4]), "asked": of([1, 9, 3])}).agreement() == (0.5, 1)
+
+
+def test_the_text_ends_at_its_end_token_and_what_the_model_does_not_know_is_said(folder, tmp_path):
+    dense = command(PROMPT, "--model", folder).stdout.splitlines()[0].split()
+    save(tmp_path, make(), eos_token=dense[4])
+    result = command(PROMPT + " unheard", "--model", tmp_path, "--block", "8", "--max-tokens", "2048")
+    assert "1 of the prompt's 10 tokens are not in the model's vocabulary" in result.stderr
+    assert "10 tokens of the prompt and 2048 to write are more than the 2048" in result.stderr
+    short = command(PROMPT, "--model", tmp_path, "--block", "8", "--threshold", "1.1", "--max-tokens", "22")
+    assert len(short.stdout.splitlines()[0].split()) == 4
+    assert "5 tokens in" in short.stdout
+
+
+def test_what_did_not_engage_keeps_the_text_and_exits_with_1(folder, tmp_path):
+    arguments = ("--steps", "2", "--preset", "fast", "--report", tmp_path / "r.json")
+    result = command(PROMPT, "--model", folder, *arguments)
+    assert result.exit_code == 1
+    assert "never reused anything: every step changed at least tau=2 tokens" in result.stderr
+    assert result.stdout.splitlines()[0]
+    assert "never reused" in json.loads((tmp_path / "r.json").read_text())["idle"]
+
+
+MISTAKES = {
+    "no folder": (["--model", "nowhere"], "there is no folder 'nowhere'"),
+    "preset": (["--preset", "fats"], "unknown preset 'fats': choose one of exact, fast; did you mean 'fast'?"),
+    "tau": (["--set", "reuse.tau=0"], "TokenCount: tau is a number of tokens >= 1, got tau=0"),
+    "knob": (["--set", "reuse.taus=2"], "unknown knob of TokenCount (slot reuse) 'taus'"),
+    "slot": (["--set", "cache.threshold=0.9"], "unknown slot of a language model 'cache'"),
+    "change": (["--set", "reuse"], "--set takes reuse=TokenCount, reuse.knob=value or kernel=name here, got 'reuse'"),
+    "no knob": (["--set", "reuse.=2"], "--set takes reuse=TokenCount, reuse.knob=value"),
+    "method": (["--set", "reuse=FlashBlock"], "unknown method for the slot reuse 'FlashBlock'"),
+    "kernel": (["--set", "kernel=fast"], "unknown kernel 'fast'"),
+    "steps": (["--steps", "0"], "num_inference_steps is at least 1, got 0"),
+    "tokens": (["--max-tokens", "0"], "max_tokens is at least 1, got 0"),
+    "block": (["--block", "0"], "block_length is at least 1, got 0"),
+    "threshold": (["--threshold", "-1"], "threshold is 0 or more, got -1"),
+    "dtype": (["--dtype", "float8"], "unknown dtype 'float8'"),
+    "report": (["--report", "no/where/r.json"], "does not exist; create it first"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(folder, mistake):
+    arguments, sentence = MISTAKES[mistake]
+    chosen = [] if "--model" in arguments else ["--model", folder]
+    result = command(PROMPT, *chosen, *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_folder_that_is_no_block_diffusion_model_is_refused(folder, tmp_path):
+    def fails(sentence, *arguments):
+        result = command(PROMPT, "--model", tmp_path, *arguments)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert sentence in result.stderr
+
+    fails("cannot be opened as a language model")
+    save(tmp_path, make())
+    fails("does not say how long its blocks are; pass --block")
+    (tmp_path / "generation.json").write_text('{"block_length": "8"}')
+    fails("must hold a number as 'block_length', got '8'")
+    (tmp_path / "generation.json").write_text("{")
+    fails("cannot be read as JSON")
+    (tmp_path / "generation.json").unlink()
+    save(tmp_path, make(), mask_token=None)
+    fails("has no mask token", "--block", "8")
+    assert command(" ", "--model", folder).exit_code == 2
