@@ -183,7 +183,7 @@ class OnlyOneBlock(FlashBlock):
 
 
 def reuses(profile: Path) -> list[Arm]:
-    """Arms of `--suite reuse`: fixed steps, schedules of least drift, the paper's thresholds, what a selection leaves."""
+    """Arms of `--suite reuse`: fixed steps, least drift, the paper's thresholds, what a selection leaves."""
     found = [
         Arm("dense", Accel()),
         Arm("noise floor (split kernel)", Accel(kernel="split")),

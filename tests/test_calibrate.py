@@ -415,7 +415,7 @@ def test_from_calibration_to_a_video(command, model, tmp_path):
     np.testing.assert_array_equal(profile.tables["recall"], wanted.tables["recall"].round(4))
     assert (profile.axes["density"], profile.prompts, profile.shape["steps"]) == ((0.2, 0.4), 2, 4)
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("p.json: recall of attention mass, WanTransformer3DModel, 4 layers of 2 heads")
+    assert lines[0].startswith("p.json: AnnSA, WanTransformer3DModel, 4 layers of 2 heads")
     assert "2 prompts, 48x32, 49 frames, 4 steps" in lines[0]
     assert lines[1:] == list(summary(profile))
     result = command(
@@ -426,6 +426,30 @@ def test_from_calibration_to_a_video(command, model, tmp_path):
     assert "profile='p.json'" in result.stdout
     slot = json.loads((tmp_path / "r.json").read_text())["slots"]["selection"]
     assert (slot["engaged"], slot["knobs"]["profile"], slot["knobs"]["sparse_layers"]) == (True, "p.json", 0.7)
+
+
+def test_drift_from_calibration_to_a_video(command, tmp_path):
+    result = command("calibrate", PROMPT, *SMALL, "--method", "flashblock", "--set", "reuse.min_past=1")
+    assert result.exit_code == 0, result.output
+    assert left_in(tmp_path) == ["flashblock.json"]
+    assert result.stdout.startswith("flashblock.json: FlashBlock, WanTransformer3DModel, 4 layers of 2 heads")
+    chosen = ("--set", "reuse=flashblock", "--set", "reuse.min_past=1", "--set", "reuse.profile=flashblock.json")
+    result = command(
+        *("generate", PROMPT, *SMALL, "--preset", "exact", "-o", "v.mp4", "--report", "r.json"),
+        *(*chosen, "--set", "reuse.share=0.5"),
+    )
+    assert result.exit_code == 0, result.output
+    slot = json.loads((tmp_path / "r.json").read_text())["slots"]["reuse"]
+    assert slot["engaged"]
+    assert 0 < slot["skipped"] < slot["calls"]
+    result = command("calibrate", PROMPT, *SMALL, "--method", "flashblock", "--set", "reuse.refresh=2")
+    before = left_in(tmp_path)
+    refused(result, "leave reuse.refresh out", tmp_path, before)
+    result = command(
+        *("generate", PROMPT, *SMALL, "-o", "w.mp4", "--preset", "exact"),
+        *("--set", "selection=annsa", "--set", "selection.profile=flashblock.json"),
+    )
+    refused(result, "must be of the method AnnSA, and is of FlashBlock", tmp_path, before)
 
 
 MISTAKES = {

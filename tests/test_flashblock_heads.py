@@ -268,6 +268,8 @@ def test_what_is_selected_is_computed_and_the_rest_reused():
         lse = torch.stack([lse for _, lse in pieces]).logsumexp(0)
         expected = sum((one - lse).exp()[..., None] * out for out, one in pieces)
         assert_within(found[:, query, head], expected[:, 0, 0], F32, inputs=8)
+    run.memory(site).version += 1  # what the rest was computed from has changed
+    assert_within(go(run, 3, 8, q1, k, v), parts64(q1, past, q1, k, v), F32, inputs=8)
     assert run.slots["reuse"].skipped == 2
 
 
