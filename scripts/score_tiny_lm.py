@@ -38,8 +38,7 @@ class DenseBlockLM(nn.Module):
     def __init__(self, model: LlamaForCausalLM, block: int) -> None:
         super().__init__()
         self.model, self.block = model, block
-        self.config = model.config
-        self.dtype = model.dtype
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
@@ -69,7 +68,7 @@ def generate(
     pipe: LLaDA2Pipeline, documents: Documents, block: int, threshold: float, batch: int
 ) -> tuple[list[tuple[str, str]], int]:
     """(prompt, generated text) of each document, and how often the model ran."""
-    device = pipe.model.config and next(pipe.model.parameters()).device
+    device = pipe.model.device
     calls = 0
 
     def count(*_: Any) -> None:

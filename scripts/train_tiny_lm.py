@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
     begin = time.monotonic()
     try:
         if args.stage != "train" and args.to is None:

@@ -111,7 +111,8 @@ def exact(documents: Documents, answers: torch.Tensor) -> torch.Tensor:
 
 
 def without_table(documents: Documents, keep: int, block: int) -> Documents:
-    """The same with only `<bos>` and the last `keep` tokens of the prompt: the control, whose answers are a guess."""
+    """The same with only `<bos>` and the end of the prompt, `keep` tokens or a quarter: the control, all guesswork."""
+    keep = min(keep, documents.start // 4)
     cut = documents.start - keep
     ids = torch.cat([documents.ids[:, :1], documents.ids[:, cut:]], 1)
     ends = ids.new_full((len(ids), -ids.shape[1] % block), EOS)

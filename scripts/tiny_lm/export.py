@@ -67,7 +67,7 @@ generating; `scripts/score_tiny_lm.py` generates through diffusers' `LLaDA2Pipel
 ## Limits
 
 * Only these five forms, and tables of at most {longest} tokens with their answers.
-* Tables of every size down to half of what fits were trained; smaller ones were not.
+* What follows an answer is `<eos>` only; documents do not follow one another.
 """
 
 

@@ -150,7 +150,7 @@ def _close(draw: Draw, rows: int, entries: int, count: int) -> Parts:
     second = torch.zeros_like(names).scatter(1, where, inner)
     opens, closes = torch.full_like(names, IDS["("]), torch.full_like(names, IDS[")"])
     # Every row keeps as many; a stable sort moves them to the front in their order.
-    front = (~kept).flatten(1).byte().argsort(1, stable=True)[:, : 2 * entries + 4 * closed]
+    front = (~kept).flatten(1).byte().argsort(dim=1, stable=True)[:, : 2 * entries + 4 * closed]
     table = _take(torch.stack([opens, names, opens, second, closes, second], 2).flatten(1), front)
     asked = _take(names, _span(draw, rows, entries, count + 1)).flip(1)
     return table, asked[:, 0], asked[:, -1], asked[:, 1:]
@@ -213,10 +213,16 @@ def held_out(task: str, rows: int, length: int, answer: int, seed: int, entries:
 
 
 def draw_training(task: str, rows: int, length: int, longest: int, draw: Draw) -> Documents:
-    """Documents of random difficulty: half of what fits up to all, answers of 8 to `longest` tokens."""
-    answer, ends = draw.one(8, longest), draw.one(1, 16)
+    """Documents of random difficulty, answers of 8 to `longest` tokens.
+
+    Half of the time the table is at least half of what fits; else small ones are as likely as large ones, because
+    looking a word up is learned from few entries first.
+    """
+    answer, ends = draw.one(8, longest), draw.one(1, max(1, longest // 6))
     most = most_entries(task, length, answer, ends)
-    return make(task, rows, length, answer, draw.one(max(2, most // 2), most), draw, ends)
+    small = draw.sizes.random() < 0.5
+    entries = round(3 * (most / 3) ** draw.sizes.random()) if small else draw.one(most // 2, most)
+    return make(task, rows, length, answer, entries, draw, ends)
 
 
 def to_text(ids: torch.Tensor) -> str:

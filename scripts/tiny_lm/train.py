@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Training:
             (Muon(matrices, config.lr), config.lr),
             (torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0), config.adam_lr),
         ]
-        self.step, self.seconds, self.decay_from = 0, 0.0, config.minutes * 60 * (1 - DECAY)
+        self.step, self.seconds, self.met_at = 0, 0.0, float("inf")
         self.path = out / "checkpoint.pt"
         if self.path.is_file():
             self._load()
@@ -114,7 +115,7 @@ class Training:
             "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
             "step": self.step,
             "seconds": self.seconds,
-            "decay_from": self.decay_from,
+            "met_at": self.met_at,
         }
         torch.save(state, temporary)
         os.replace(temporary, self.path)
@@ -132,12 +133,12 @@ class Training:
         self.model.load_state_dict(state["model"])
         for (optimiser, _), held in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(held)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.decay_from = min(self.decay_from, state["decay_from"])
+        self.step, self.seconds, self.met_at = state["step"], state["seconds"], state["met_at"]
 
     def rate(self) -> float:
-        """Share of the peak learning rate: a warm-up, a plateau, then down to zero over part of the run."""
-        fall = 1 - (self.seconds - self.decay_from) / (self.config.minutes * 60 * DECAY)
+        """Share of the peak learning rate: warm-up, plateau, then down to zero once targets are met or time is short."""
+        budget = self.config.minutes * 60
+        fall = 1 - (self.seconds - min(self.met_at, budget * (1 - DECAY))) / (budget * DECAY)
         return min(1.0, (self.step + 1) / 100) * max(0.0, min(1.0, fall))
 
     def update(self, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,16 +165,21 @@ class Training:
         return loss.detach(), third.masked_fill(~masked, -1)
 
     def compile(self) -> None:
-        """Compile the layers, which share one graph a shape; without a working compiler say so and go on."""
-        for layer in self.model.model.layers:
-            layer.compile(dynamic=False)
+        """Compile the layers, one graph for all of them and each length; where that fails say so and go on."""
+        layers = self.model.model.layers
+        forward = torch.compile(type(layers[0]).forward, dynamic=False)
+        for layer in layers:
+            layer.forward = partial(forward, layer)
         try:
             for length in self.config.lengths:
                 ids, _ = draw_batch(self.config, length, self.draw)
-                logits = window_logits(self.model, ids[:, -self.config.window :], ids, self.config.block, self.dtype)
-                cross_entropy(logits, ids[:, -self.config.window :]).mean().backward()
+                clean = ids[:, -self.config.window :]
+                cross_entropy(
+                    window_logits(self.model, clean, ids, self.config.block, self.dtype), clean
+                ).mean().backward()
         except Exception as error:
-            torch._dynamo.config.disable = True
+            for layer in layers:
+                del layer.forward
             print(f"the layers run uncompiled: {str(error).splitlines()[0]}", flush=True)
         self.model.zero_grad(set_to_none=True)
 
@@ -191,7 +197,6 @@ def train(config: Config, out: Path, device: torch.device, seed: int, steps: int
     print(f"ready after {time.monotonic() - begin:.1f} s", flush=True)
     start, checked, saved = time.monotonic() - training.seconds, training.seconds, training.seconds
     sums = torch.zeros(2, len(BINS), device=device)
-    met = 0
     while training.seconds < budget and (steps is None or training.step < steps) and training.rate() > 0:
         # Short documents first: their tables are smaller, and a step takes in twice as many.
         early = training.seconds < 0.2 * budget
@@ -219,9 +224,9 @@ def train(config: Config, out: Path, device: torch.device, seed: int, steps: int
         if training.seconds - checked > config.check_seconds:
             checked = training.seconds
             scores = _check(training, documents)
-            met = met + 1 if min(value["exact"] for value in scores.values()) >= config.target else 0
-            if met == 1 and training.seconds < training.decay_from:
-                training.decay_from = training.seconds
+            met = min(value["exact"] for value in scores.values()) >= config.target
+            if met and training.seconds < min(training.met_at, budget * (1 - DECAY)):
+                training.met_at = training.seconds
                 print("targets met: the rate falls from here on", flush=True)
         if training.seconds - saved > 60:
             saved = training.seconds
