@@ -232,20 +232,22 @@ def test_annsa_reads_what_it_was_asked_to(groups, seed, policy, batch, frames, t
 @examples(max_examples=25)
 @given(
     SEEDS, POLICIES, st.integers(4, 40), st.integers(1, 2), st.integers(1, 40),
-    st.lists(st.integers(1, 12), min_size=2, max_size=6),
+    st.lists(st.integers(1, 12), min_size=2, max_size=6), st.booleans(),
 )  # fmt: skip
-def test_annsa_loses_nothing_of_a_past_that_grows(groups, seed, policy, tokens, heads, queries, blocks):
+def test_annsa_loses_nothing_of_a_past_that_grows(groups, seed, policy, tokens, heads, queries, blocks, weighted):
     policy = replace(policy, groups=groups)
     torch.manual_seed(seed)
     k, v = numbered(1, sum(blocks), tokens, heads)
-    memory, start = Memory(), 0
+    memory, start, multiplicity = Memory(), 0, ()
     for frames in blocks:
         new = slice(start * tokens, (start + frames) * tokens)
         memory.place(k[:, new], v[:, new], Site(0, "self", 4, 4, 0, start, "clean", "cond", Grid(frames, 1, tokens)))
         memory.finish_block(frames * tokens)
         start += frames
+        multiplicity = (*multiplicity, (frames * tokens, 2 + start))
+        entries = replace(memory.past()[0].entries, multiplicity=multiplicity if weighted else None)
         for _ in range(2):  # at two steps
-            check_chosen(policy, torch.randn(1, queries, heads, 8), memory.past()[0].entries, start)
+            check_chosen(policy, torch.randn(1, queries, heads, 8), entries, start)
 
 
 @GROUPINGS
