@@ -95,6 +95,15 @@ def test_padded_rows_of_a_batch_read_no_padding(block, left):
     assert torch.equal(generate(BlockLM(lm, block), other, block, tokens=22, attention_mask=mask), texts[0])
 
 
+def test_edits_and_early_ends_are_the_same_with_the_cache():
+    """Tokens of the block at work are edited until they settle; rows that ended stay as they are, masks included."""
+    lm, ids = make(), prompt_of(2, 13)
+    end = int(generate(BlockLM(lm, 4, cache=False), ids, 4)[0, 5])
+    edits = {"editing_threshold": 0.2, "threshold": 0.3, "eos_early_stop": True, "eos_token_id": end}
+    dense = generate(BlockLM(lm, 4, cache=False), ids, 4, **edits)
+    assert torch.equal(generate(BlockLM(lm, 4), ids, 4, **edits), dense)
+
+
 def test_logits_equal_those_of_the_whole_text_step_by_step():
     lm, ids = make("qwen3"), prompt_of(2, 20)
     dense, cached = BlockLM(lm, 4, cache=False), BlockLM(lm, 4)
