@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .block_lm import BlockLM
+    from .canvas_lm import CanvasLM
     from .causal_wan import CausalWanPipeline
     from .checkpoints import CheckpointError, load_self_forcing
     from .inputs import block_ranges
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BlockLM": "block_lm",
+    "CanvasLM": "canvas_lm",
     "CausalWanPipeline": "causal_wan",
     "block_ranges": "inputs",
     "StreamingDecoder": "streaming",
@@ -24,7 +26,7 @@ _HOME = {
     "load_self_forcing": "checkpoints",
 }
 
-__all__ = ["BlockLM", "CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
+__all__ = ["BlockLM", "CanvasLM", "CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
 
 
 def __getattr__(name: str) -> Any:

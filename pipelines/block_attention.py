@@ -21,8 +21,8 @@ from diffaccel import kernel
 from diffaccel.errors import UnsupportedError
 from diffaccel.kernel import Partial, merge
 
-NAME = "diffaccel_block"
-"""What the attention is registered as; a model has it only while it forwards for `BlockLM`."""
+NAME, CANVAS = "diffaccel_block", "diffaccel_canvas"
+"""What the attention is registered as; a model has it only while it forwards for `BlockLM` or `CanvasLM`."""
 
 _CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
 
@@ -180,17 +180,7 @@ def block_attention(
     The mask of the model is not read: which token sees which is settled by the pass. Raises `UnsupportedError` for
     attention that is not plain softmax over all keys.
     """
-    for name in _CHANGES_SCORES:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"attention to a whole block and all of its past is what can be split, and {type(module).__name__} "
-                f"asks for {name}={kwargs[name]!r}; use a model without it"
-            )
-    if value.shape[-1] != key.shape[-1]:
-        raise UnsupportedError(
-            f"keys and values must be equally wide, and {type(module).__name__} has {key.shape[-1]} and "
-            f"{value.shape[-1]} channels; use a model without latent attention"
-        )
+    _refuse_other_softmax(module, key, value, kwargs)
     now = _now.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     written = key.shape[2] - query.shape[2] + now.pending  # what the block at work has before it
@@ -205,19 +195,62 @@ def block_attention(
     return out, None
 
 
+def canvas_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `block_attention`, where every query is of the block at work and the mask (B, 1, S, N) says what is padding.
+
+    A layer with a sliding window holds the keys inside the window only, and reads all it holds.
+    """
+    _refuse_other_softmax(module, key, value, {**kwargs, "sliding_window": None})
+    now, past = _now.get(), key.shape[2] - query.shape[2]
+    now.outside_allowed = now.inside_allowed = None
+    if attention_mask is not None:
+        allowed = (attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0)[:, 0]
+        outside, inside = allowed[..., :past], allowed[..., past:]
+        now.outside_allowed = None if bool(outside.all()) else outside
+        now.inside_allowed = None if bool(inside.all()) else inside
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return now.attend(getattr(module, "layer_idx", module), *parts, scale), None
+
+
+def _refuse_other_softmax(module: nn.Module, key: Tensor, value: Tensor, asked: dict[str, Any]) -> None:
+    for name in _CHANGES_SCORES:
+        if asked.get(name) is not None:
+            raise UnsupportedError(
+                f"attention to a whole block and all of its past is what can be split, and {type(module).__name__} "
+                f"asks for {name}={asked[name]!r}; use a model without it"
+            )
+    if value.shape[-1] != key.shape[-1]:
+        raise UnsupportedError(
+            f"keys and values must be equally wide, and {type(module).__name__} has {key.shape[-1]} and "
+            f"{value.shape[-1]} channels; use a model without latent attention"
+        )
+
+
 AttentionInterface.register(NAME, block_attention)
+AttentionInterface.register(CANVAS, canvas_attention)
 
 
 @contextmanager
-def at_work(lm: Any, now: Pass) -> Iterator[None]:
-    """The model attends by `block_attention` for this pass; afterwards by what it had before."""
-    before = lm.config._attn_implementation
+def at_work(lm: Any, now: Pass, name: str = NAME) -> Iterator[None]:
+    """The text model attends by what is registered as `name` for this pass; afterwards by what it had before."""
+    config = lm.config.get_text_config()
+    before = config._attn_implementation
     token = _now.set(now)
-    lm.config._attn_implementation = NAME  # what set_attn_implementation sets, without its 100 µs of checks
+    config._attn_implementation = name  # what set_attn_implementation sets, without its 100 µs of checks
     try:
         yield
     finally:
-        lm.config._attn_implementation = before
+        config._attn_implementation = before
         _now.reset(token)
 
 
