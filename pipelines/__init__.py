@@ -26,7 +26,15 @@ _HOME = {
     "load_self_forcing": "checkpoints",
 }
 
-__all__ = ["BlockLM", "CanvasLM", "CausalWanPipeline", "CheckpointError", "StreamingDecoder", "block_ranges", "load_self_forcing"]
+__all__ = [
+    "BlockLM",
+    "CanvasLM",
+    "CausalWanPipeline",
+    "CheckpointError",
+    "StreamingDecoder",
+    "block_ranges",
+    "load_self_forcing",
+]
 
 
 def __getattr__(name: str) -> Any:
