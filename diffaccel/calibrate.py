@@ -257,5 +257,5 @@ class DriftRecorder(ReusePolicy):
         ]  # step 0 of every block was seen
         means = torch.stack([self.sums[key] / self.counts[key] for key in keys]).cpu().double().numpy()
         means = means.reshape(len(steps), len(gaps), layers, 3, -1)
-        axes = {"step": tuple(steps), "gap": tuple(gaps)}
+        axes: Axes = {"step": tuple(steps), "gap": tuple(gaps)}
         return axes, {name: means[:, :, :, number] for number, name in enumerate(TABLES)}

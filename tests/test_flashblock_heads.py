@@ -131,22 +131,22 @@ def partials(count=1, heads=HEADS):
 def test_two_computations_are_followed_damped_and_no_further_than_they_lie_apart():
     first, second = partials(2)
     history = History()
-    history.replace((1, 1), first, 1.0, True)
+    history.replace((1, 1, "all"), first, 1.0, True)
     assert history.recall(0.9, 0.5).out is first.out  # one alone says nothing
-    history.replace((1, 1), second, 0.8, True)
+    history.replace((1, 1, "all"), second, 0.8, True)
     for noise, step in ((0.7, 0.5), (0.6, 1.0), (0.1, 1.0), (0.8, 0.0)):
         found = history.recall(noise, 0.5)
         for got, a, b in zip(found, first, second, strict=True):
             torch.testing.assert_close(got, b + 0.5 * step * (b - a), atol=1e-6, rtol=1e-5)
-    assert not history.holds((1, 2))
-    history.replace((1, 2), first, 0.5, True)  # of another cache: what was before is not
+    assert not history.holds((1, 2, "all"))
+    history.replace((1, 2, "all"), first, 0.5, True)  # of another cache: what was before is not
     assert history.before is None
 
 
 def test_heads_are_followed_each_from_its_own_computations():
     first, second = partials(2)
     history = History()
-    history.replace((1, 1), Partial(*(x.clone() for x in first)), 1.0, True)
+    history.replace((1, 1, "all"), Partial(*(x.clone() for x in first)), 1.0, True)
     history.update((1,), Partial(*(x[:, :, 1:] for x in second)), 0.8, True)
     found = history.recall(0.7, 1.0)
     for got, a, b in zip(found, first, second, strict=True):

@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,11 +74,9 @@ def listed_in_order(
     q: Tensor, k: Tensor, v: Tensor, blocks: "BlockLists", scale: float, order: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `listed`, out (B, S, H, D) and lse (B, H, S) of the queries as they are ordered, both contiguous."""
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
     if order is not None:
         q = q.transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, q.shape[3])).transpose(1, 2)
-    tensors = BlockSparseTensorsTorch(
+    tensors = _package()[1](
         mask_block_cnt=blocks.none,
         mask_block_idx=blocks.lists[..., :1],
         full_block_cnt=blocks.counts,
@@ -97,12 +95,20 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | N
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: object) -> tuple[Tensor, Tensor]:
     """Out (B, S, H, D) and lse (B, H, S)."""
-    from flash_attn.cute.interface import flash_attn_func
-
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its compiler about itself
-        found: tuple[Tensor, Tensor] = flash_attn_func(q, k, v, softmax_scale=scale, return_lse=True, **options)[:2]
+        found: tuple[Tensor, Tensor] = _package()[0](q, k, v, softmax_scale=scale, return_lse=True, **options)[:2]
     return found
+
+
+@lru_cache(maxsize=1)
+def _package() -> tuple[Any, Any]:
+    """Its function, and its class of lists; to be imported without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import flash_attn_func
+    return flash_attn_func, BlockSparseTensorsTorch
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..kernel import Partial
 
+Key = tuple[int, int, str]
+"""Block, version of the cache, and part of the outside that was computed."""
+
 
 @dataclass
 class History:
@@ -16,15 +19,15 @@ class History:
     Outputs are held in the activations' dtype and log-sum-exps in fp32: rounding those would weigh the outside wrong.
     """
 
-    key: tuple[int, int] | None = None  # block, and version of the cache, that it was computed from
+    key: Key | None = None
     last: Partial | None = None
     before: Partial | None = None
     noise: list[tuple[float, float | None]] = field(default_factory=list)  # of each head's last and the one before
 
-    def holds(self, key: tuple[int, int]) -> bool:
+    def holds(self, key: Key) -> bool:
         return self.last is not None and self.key == key
 
-    def replace(self, key: tuple[int, int], partial: Partial, noise: float, twice: bool) -> None:
+    def replace(self, key: Key, partial: Partial, noise: float, twice: bool) -> None:
         """All heads were computed. `twice`: keep what was there as the one before."""
         earlier = self.noise if twice and self.holds(key) else [(noise, None)] * partial.out.shape[2]
         self.before = self.last if twice and self.holds(key) else None

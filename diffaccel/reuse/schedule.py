@@ -30,9 +30,8 @@ def by_thresholds(profile: Profile, steps: int, cos: tuple[float, ...], lse: flo
     computed[0] = True
     last = np.zeros(similar.shape[2:], int)
     for t in range(1, steps + 1):
-        now = (np.take_along_axis(x[:, t], last[None], 0)[0] for x in (similar, moved))
-        bound = cos[min(t - 1, len(cos) - 1)]
-        computed[t] = (next(now) < bound) | (next(now) > lse)
+        cosine, distance = (np.take_along_axis(x[:, t], last[None], 0)[0] for x in (similar, moved))
+        computed[t] = np.logical_or(cosine < cos[min(t - 1, len(cos) - 1)], distance > lse)
         last = np.where(computed[t], t, last)
     return computed
 
@@ -56,8 +55,7 @@ def by_share(profile: Profile, steps: int, share: float) -> Schedule:
     wanted = _worth(best, high)
     gain = best - np.concatenate([best[1:], best[-1:]])  # of one computation more, for what is left of the budget
     for flat in np.argsort(-np.take_along_axis(gain, wanted[None], 0)[0], axis=None)[: int(budget - wanted.sum())]:
-        place = np.unravel_index(flat, wanted.shape)
-        wanted[place] = min(steps, wanted[place] + 1)
+        wanted.flat[flat] = min(steps, int(wanted.flat[flat]) + 1)
     computed = np.zeros((steps + 1, layers, heads), bool)
     for layer in range(layers):
         for head in range(heads):

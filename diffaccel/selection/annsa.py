@@ -205,10 +205,12 @@ class AnnSA(Selector):
         if self.groups == "prompt":
             known = _buckets(entries.lasting)
             buckets = known.of_past(site.start) if site.start else known.of_queries(site.block)
-        same = keys is not None and keys.at is not None and keys.block == block and free < self.resort * keys.together
-        if keys is not None and same and keys.at[0] == at[0]:
+        was = None
+        if keys is not None and keys.block == block and free < self.resort * keys.together:
+            was = keys.at
+        if keys is not None and was is not None and was[0] == at[0]:
             keys.take(entries, always, buckets)
-        elif keys is not None and same and keys.at[1:] == at[1:] and self._stands(keys, q, site):
+        elif keys is not None and was is not None and was[1:] == at[1:] and self._stands(keys, q, site):
             keys.refill(entries)
         else:
             keys = notes[self] = KeyBlocks(self.groups, block, keys)

@@ -72,8 +72,8 @@ class KeyBlocks:
         self.chosen_at: tuple[int, int, int] | None = None  # block, queries and step of the last choice
         self.lists: BlockLists | None = None
         self.order: Tensor | None = None  # of the queries, (B, H, S)
-        self._key_centres = None if before is None else before._key_centres
-        self._query_centres = None if before is None else before._query_centres
+        self._key_centres: Tensor | None = None if before is None else before._key_centres
+        self._query_centres: Tensor | None = None if before is None else before._query_centres
         self._k = self._v = torch.empty(0, 0, 0, 0)  # (B, H, room, D), sorted
         self._log_weight: Tensor | None = None
         self._sorted, self._pending = (torch.empty(0, dtype=torch.int64) for _ in range(2))  # (B, H, n) of entries
