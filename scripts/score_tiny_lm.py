@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 SEED = 3
-ANSWERS = (24, 48, 80)
+ANSWERS = (26, 48, 79)
 KEPT = 64
 
 

@@ -71,10 +71,9 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
 
 
-def block_ratio(masked: torch.Tensor, answer: torch.Tensor, block: int) -> torch.Tensor:
-    """For each token the share of its block's answer that is masked, (rows, window)."""
-    count = [cells.view(len(cells), -1, block).sum(2).float() for cells in (masked, answer)]
-    return (count[0] / count[1].clamp(min=1)).repeat_interleave(block, 1)
+def per_block(cells: torch.Tensor, block: int) -> torch.Tensor:
+    """For each token how many cells (rows, window) of its block are set."""
+    return cells.view(len(cells), -1, block).sum(2).float().repeat_interleave(block, 1)
 
 
 @torch.no_grad()
