@@ -199,7 +199,7 @@ def reuses(profile: Path) -> list[Arm]:
             reuse = FlashBlock(refresh=steps, extrapolate=0.5)
             found.append(Arm(f"{share}: steps {', '.join(map(str, steps))}, extrapolated", Accel(reuse=reuse)))
     thresholds = FlashBlock(profile=str(profile))
-    selection = AnnSA(0.3, summaries=False)
+    selection, first = AnnSA(0.3, summaries=False), (0, 1, 2, 3)
     return [
         *found,
         Arm("the paper's thresholds", Accel(reuse=thresholds)),
@@ -207,8 +207,12 @@ def reuses(profile: Path) -> list[Arm]:
         Arm("0.5: steps 0, 2, 4, 6, clean pass too", Accel(reuse=FlashBlock(refresh=2, clean_pass="reuse"))),
         Arm("0.125: steps 0, in one block only", Accel(reuse=OnlyOneBlock(refresh=(0,)))),
         Arm("AnnSA 0.3, no means", Accel(selection=selection)),
-        Arm("AnnSA 0.3, the rest reused", Accel(selection=selection, reuse=FlashBlock(refresh=(0, 3), residual=True))),
-        Arm("AnnSA 0.3, reused itself", Accel(selection=selection, reuse=FlashBlock(refresh=(0, 3)))),
+        Arm("first four steps", Accel(reuse=FlashBlock(refresh=first))),  # AnnSA reads everything in the first three
+        Arm("first four steps, AnnSA 0.3 reused", Accel(selection=selection, reuse=FlashBlock(refresh=first))),
+        Arm(
+            "first four steps, what AnnSA 0.3 leaves",
+            Accel(selection=selection, reuse=FlashBlock(refresh=first, residual=True)),
+        ),
         Arm("TempCache 0.95 and 0.5", Accel(cache=TempCache(0.95), reuse=FlashBlock(refresh=2))),
     ]
 
