@@ -261,6 +261,7 @@ class BlockLM(nn.Module):
         where = (self.device, self.dtype)
         if self._checked == where:
             return
+        self._progress = _Progress(counters=self._progress.counters)  # a cache elsewhere is of no use here
         with torch.no_grad():
             self.doubts = [] if not self.cached else self._find_doubts()
         if self.doubts and not self.approximate:

@@ -407,6 +407,29 @@ def test_half_precision_passes_the_check():
     assert model.device == torch.device("cpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_model_that_moved_there_keeps_its_logits(dtype):
+    lm, ids = make(), prompt_of(2, 24)
+    model = BlockLM(lm, 8, reuse=TokenCount(tau=3))
+    model(ids[:, :16])
+    model.to("cuda", dtype)
+    ids = ids.cuda()
+    expected = BlockLM(lm, 8, cache=False)(ids).logits
+    rounding = 1e-3 if dtype == torch.float32 else 0.1
+    assert (model(ids).logits - expected).norm() < rounding * expected.norm()
+    assert (model(ids).logits - expected).norm() < rounding * expected.norm()
+    assert model.report()["external_reused"] == 2
+
+
+def test_another_dtype_starts_another_cache():
+    lm, ids = make(), prompt_of(1, 16)
+    model = BlockLM(lm, 4)
+    model(ids[:, :12])
+    model.to(torch.float64)
+    torch.testing.assert_close(model(ids).logits, BlockLM(lm, 4, cache=False)(ids).logits, atol=1e-9, rtol=1e-9)
+
+
 # -- on the command line -------------------------------------------------------------------------------------------
 
 WORDS = ("<pad>", "<bos>", "<eos>", "<mask>", *(f"w{number}" for number in range(60)))

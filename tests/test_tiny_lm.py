@@ -81,15 +81,12 @@ def test_the_answer_is_what_the_rules_say_and_nothing_else_is(task, length):
 
 
 def test_small_documents_solved_by_hand():
-    assert (
-        solve("<bos> recall #08 bad bag bal #07 gan gas gaz | so from #07 to #08 =")
-        == "#07 gan gas gaz #08 bad bag bal"
-    )
-    assert solve("<bos> walk bas > den des > bas den > fit fit > des | and from bas to des =") == "den fit des"
+    assert solve("<bos> recall #08 bad #07 gan #09 gas | so from #07 to #08 =") == "#07 gan #08 bad"
+    assert solve("<bos> walk > bas den > des bas > den fit > fit des | and from bas to des =") == "den fit des"
     assert solve("<bos> edit #98 bas #99 den #00 fit swap #98 #00 set #99 des | from #98 to #00 =") == (
         "#98 fit #99 des #00 bas"
     )
-    assert solve("<bos> sum #02 - 5 #01 + 4 #03 + 3 | from #01 to #03 =") == "#01 4 #02 9 #03 2"
+    assert solve("<bos> sum #02 -5 #01 +4 #03 +3 | from #01 to #03 =") == "#01 4 #02 9 #03 2"
     assert solve("<bos> close ( bas ( den ( fit ) fit ( des | from des to bas =") == "den bas"
 
 

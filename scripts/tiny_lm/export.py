@@ -32,7 +32,7 @@ token. Licence: Apache-2.0; nothing but text drawn by this repository's own rule
 
 {examples}
 
-* recall: records of a label and three names, shuffled; list those from one label to another in order.
+* recall: labels and names, shuffled; list those from one label to another in order.
 * walk: links of one cycle of names, shuffled; follow them from one name to another.
 * edit: a labelled list, then commands that set an entry or swap two; list a part of the result.
 * sum: labelled terms, shuffled; running sums modulo 10 in the order of the labels.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny_world.checkpoint import TrainingError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,7 +65,7 @@ def load_config(name: str, **changes: Any) -> Config:
 
 def build_model(config: Config) -> LlamaForCausalLM:
     """A freshly initialised model."""
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(VOCABULARY),
             hidden_size=config.hidden,
@@ -75,12 +76,19 @@ def build_model(config: Config) -> LlamaForCausalLM:
             max_position_embeddings=1024,
             # Slow rotations leave more of a head for what a token is: the tasks look tokens up.
             rope_theta=100_000.0,
+            attention_bias=True,
+            initializer_range=0.5 * config.hidden**-0.5,
             tie_word_embeddings=True,
             pad_token_id=PAD,
             bos_token_id=BOS,
             eos_token_id=EOS,
         )
     )
+    # Heads that prefer some distance to begin with: looking a word up starts from the token beside it.
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(part.bias)
+    return model
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,18 +13,19 @@ import torch
 
 TASKS = ("recall", "walk", "edit", "sum", "close")
 PAD, BOS, EOS, MASK = range(4)
-WORDS = (*TASKS, "from", "to", "=", "|", ">", "+", "-", "(", ")", "set", "swap")
+WORDS = (*TASKS, "from", "to", "=", "|", ">", "(", ")", "set", "swap")
 FILLER = ("and", "so", "then", "but", "now", "or", "yet", "thus", "well", "oh", "also", "still", "just", "even")
 DIGITS = tuple("0123456789")
+TERMS = tuple(f"{value:+}" for value in range(-9, 10))
 LABELS = tuple(f"#{i:02}" for i in range(100))
 NAMES = tuple("".join(letters) for letters in product("bdfgklmr", "aeio", "nstz"))
-VOCABULARY = ("<pad>", "<bos>", "<eos>", "<mask>", *WORDS, *FILLER, *DIGITS, *LABELS, *NAMES)
+VOCABULARY = ("<pad>", "<bos>", "<eos>", "<mask>", *WORDS, *FILLER, *DIGITS, *TERMS, *LABELS, *NAMES)
 IDS = {token: index for index, token in enumerate(VOCABULARY)}
-DIGIT, LABEL, NAME = IDS["0"], IDS["#00"], IDS[NAMES[0]]
+DIGIT, TERM, LABEL, NAME = IDS["0"], IDS["-9"], IDS["#00"], IDS[NAMES[0]]
 
-UNIT = {"recall": 4, "walk": 1, "edit": 2, "sum": 2, "close": 1}
+UNIT = {"recall": 2, "walk": 1, "edit": 2, "sum": 2, "close": 1}
 """Tokens of the answer an entry."""
-SIZE = {"recall": 4.0, "walk": 3.0, "edit": 3.125, "sum": 3.0, "close": 4.0}
+SIZE = {"recall": 2.0, "walk": 3.0, "edit": 3.125, "sum": 2.0, "close": 4.0}
 """Tokens of the table an entry, at most."""
 MOST = {"recall": 100, "walk": 128, "edit": 100, "sum": 100, "close": 84}
 FRAME = 9
@@ -84,19 +85,23 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Table (rows, n), the words after `from` and `to` (rows,), answer (rows, m)."""
 
 
+def _listed(draw: Draw, labels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Labels and values by turns, shuffled in pairs, (rows, 2 n)."""
+    return _take(torch.stack([labels, values], 2), draw.some(*labels.shape, labels.shape[1])).flatten(1)
+
+
 def _recall(draw: Draw, rows: int, entries: int, count: int) -> Parts:
-    """Records of a label and three names, shuffled; the answer lists some in order."""
-    labels = _labels(draw, rows, entries)
-    records = torch.cat([labels[..., None], NAME + draw.below(len(NAMES), rows, entries, 3)], 2)
-    table = _take(records, draw.some(rows, entries, entries)).flatten(1)
-    asked = _take(records, _span(draw, rows, entries, count))
-    return table, asked[:, 0, 0], asked[:, -1, 0], asked.flatten(1)
+    """Labels and names, shuffled; the answer lists some in order."""
+    labels, names = _labels(draw, rows, entries), NAME + draw.below(len(NAMES), rows, entries)
+    index = _span(draw, rows, entries, count)
+    asked = torch.stack([_take(labels, index), _take(names, index)], 2)
+    return _listed(draw, labels, names), asked[:, 0, 0], asked[:, -1, 0], asked.flatten(1)
 
 
 def _walk(draw: Draw, rows: int, entries: int, count: int) -> Parts:
     """Links of one cycle of names, shuffled; the answer follows them."""
     names = NAME + draw.some(rows, len(NAMES), entries)
-    links = torch.stack([names, torch.full_like(names, IDS[">"]), names.roll(-1, 1)], 2)
+    links = torch.stack([torch.full_like(names, IDS[">"]), names, names.roll(-1, 1)], 2)
     table = _take(links, draw.some(rows, entries, entries)).flatten(1)
     index = draw.below(entries, rows, 1) + torch.arange(count + 1, device=draw.device)
     path = _take(names, index % entries)
@@ -128,15 +133,11 @@ def _edit(draw: Draw, rows: int, entries: int, count: int) -> Parts:
 
 def _sum(draw: Draw, rows: int, entries: int, count: int) -> Parts:
     """Labelled terms, shuffled; the answer is their running sum modulo 10, in order."""
-    labels, digits = _labels(draw, rows, entries), draw.below(10, rows, entries)
-    minus = draw.below(2, rows, entries)
-    signs = torch.where(minus == 1, IDS["-"], IDS["+"])
-    terms = torch.stack([labels, signs, DIGIT + digits], 2)
-    table = _take(terms, draw.some(rows, entries, entries)).flatten(1)
+    labels, terms = _labels(draw, rows, entries), draw.below(len(TERMS), rows, entries)
     index = _span(draw, rows, entries, count)
-    running = _take(digits * (1 - 2 * minus), index).cumsum(1) % 10
+    running = (_take(terms, index) - 9).cumsum(1) % 10
     asked = torch.stack([_take(labels, index), DIGIT + running], 2)
-    return table, asked[:, 0, 0], asked[:, -1, 0], asked.flatten(1)
+    return _listed(draw, labels, TERM + terms), asked[:, 0, 0], asked[:, -1, 0], asked.flatten(1)
 
 
 def _close(draw: Draw, rows: int, entries: int, count: int) -> Parts:
@@ -237,10 +238,10 @@ def solve(prompt: str) -> str:
     table = iter(words[1:bar])
     first, last = words[-4], words[-2]
     if task == "recall":
-        names = {label: list(three) for label, *three in zip(*[table] * 4, strict=True)}
-        return " ".join(word for label in _label_range(first, last) for word in (label, *names[label]))
+        names = dict(zip(*[table] * 2, strict=True))
+        return " ".join(word for label in _label_range(first, last) for word in (label, names[label]))
     if task == "sum":
-        terms = {label: int(sign + digit) for label, sign, digit in zip(*[table] * 3, strict=True)}
+        terms = {label: int(term) for label, term in zip(*[table] * 2, strict=True)}
         total, out = 0, []
         for label in _label_range(first, last):
             total = (total + terms[label]) % 10
@@ -259,7 +260,7 @@ def solve(prompt: str) -> str:
                 values[word] = next(table)
         return " ".join(word for label in _label_range(first, last) for word in (label, values[label]))
     if task == "walk":
-        links = {a: b for a, _, b in zip(*[table] * 3, strict=True)}
+        links = {a: b for _, a, b in zip(*[table] * 3, strict=True)}
         path = [links[first]]
         while path[-1] != last:
             path.append(links[path[-1]])

@@ -136,7 +136,7 @@ class Training:
         self.step, self.seconds, self.met_at = state["step"], state["seconds"], state["met_at"]
 
     def rate(self) -> float:
-        """Share of the peak learning rate: warm-up, plateau, then down to zero once targets are met or time is short."""
+        """Share of the peak learning rate: warm-up, plateau, and down to 0 once targets are met or time is short."""
         budget = self.config.minutes * 60
         fall = 1 - (self.seconds - min(self.met_at, budget * (1 - DECAY))) / (budget * DECAY)
         return min(1.0, (self.step + 1) / 100) * max(0.0, min(1.0, fall))
