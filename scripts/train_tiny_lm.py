@@ -23,7 +23,7 @@ def main() -> None:
     """Parse the command line and run what it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "export", "all"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and of metrics.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights, optimisers and metrics.jsonl")
     parser.add_argument("--to", type=Path, help="folder of the exported model")
     parser.add_argument("--config", default="full", help="full, cpu, or the path of a .json file")
     parser.add_argument("--minutes", type=float, help="budget of the training; the rate falls over its last part")

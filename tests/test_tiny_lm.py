@@ -259,7 +259,7 @@ def test_a_run_resumes_exports_and_is_scored(toy, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(toy, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    (tmp_path / "weights.pt").write_bytes(b"half")
     with pytest.raises(TrainingError, match="delete it to start anew"):
         train(toy, tmp_path, CPU, 0, steps=1)
     with pytest.raises(TrainingError, match="run the train stage first"):

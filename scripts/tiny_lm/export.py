@@ -9,7 +9,7 @@ from tiny_world.checkpoint import TrainingError, record
 
 from .model import Config, build_model, build_tokenizer
 from .tasks import SHARE, TASKS, held_out, to_text
-from .train import ANSWERS, KEPT, final_scores
+from .train import ANSWERS, KEPT, WEIGHTS, final_scores, load_weights
 
 CARD = """# tiny-lm
 
@@ -74,11 +74,11 @@ generating; `scripts/score_tiny_lm.py` generates through diffusers' `LLaDA2Pipel
 def export(
     config: Config, out: Path, folder: Path, device: torch.device, rows: int | None = None, seed: int = 1
 ) -> None:
-    """Write `folder` from the checkpoint in `out`; the scores are those of the weights as stored."""
-    path = out / "checkpoint.pt"
+    """Write `folder` from the weights in `out`; the scores are those of the weights as stored."""
+    path = out / WEIGHTS
     if not path.is_file():
         raise TrainingError(f"there is no '{path}': run the train stage first")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_weights(path, config, torch.device("cpu"))
     model = build_model(config)
     model.load_state_dict(state["model"])
     model.half().eval().save_pretrained(folder)

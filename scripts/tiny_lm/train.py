@@ -1,6 +1,5 @@
-"""The training loop; it resumes from `checkpoint.pt` in the run's folder."""
+"""The training loop; it resumes from `weights.pt` and `optimisers.pt` in the run's folder."""
 
-import os
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -26,6 +25,7 @@ from .blocks import (
 from .model import Config, build_model
 from .tasks import MASK, Documents, Draw, draw_training, held_out, is_held_out
 
+WEIGHTS, OPTIMISERS = "weights.pt", "optimisers.pt"
 CHECK_SEED, FINAL_SEED = 1, 2
 ANSWERS = (26, 48, 79)
 """Tokens of answer in the held-out documents, a third of them each."""
@@ -84,6 +84,24 @@ def measure(
     return out
 
 
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise TrainingError(f"'{path}' is damaged or cut short ({error}); delete it to start anew") from error
+
+
+def load_weights(path: Path, config: Config, device: torch.device) -> dict[str, Any]:
+    """Weights and progress of a run. Raises `TrainingError` for a damaged file, or a model of other sizes."""
+    state = _read(path, device)
+    if state["sizes"] != config.sizes():
+        raise TrainingError(
+            f"'{path}' holds a model of {state['sizes']}, the config asks for {config.sizes()}; "
+            "use the config it was trained with, or another --out"
+        )
+    return state
+
+
 class Training:
     """Model, optimisers, and how far they are."""
 
@@ -100,40 +118,30 @@ class Training:
             (torch.optim.AdamW(others, config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0), config.adam_lr),
         ]
         self.step, self.seconds, self.met_at = 0, 0.0, float("inf")
-        self.path = out / "checkpoint.pt"
+        self.path = out / WEIGHTS
         if self.path.is_file():
             self._load()
         self.draw = Draw(torch.Generator(device).manual_seed(seed + self.step))
 
     def save(self) -> None:
-        """Write the checkpoint; it is complete before it takes its predecessor's place."""
-        temporary = self.path.with_suffix(".tmp")
+        """Write weights and optimisers; each file is complete before it takes its predecessor's place."""
         self.out.mkdir(parents=True, exist_ok=True)
-        state = {
-            "sizes": self.config.sizes(),
-            "model": self.model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "met_at": self.met_at,
-        }
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        progress = {"step": self.step, "seconds": self.seconds, "met_at": self.met_at, "sizes": self.config.sizes()}
+        held = {"optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers], "step": self.step}
+        for path, state in ((self.out / OPTIMISERS, held), (self.path, progress | {"model": self.model.state_dict()})):
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
 
     def _load(self) -> None:
-        try:
-            state = torch.load(self.path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise TrainingError(f"'{self.path}' is damaged or cut short ({error}); delete it to start anew") from error
-        if state["sizes"] != self.config.sizes():
-            raise TrainingError(
-                f"'{self.path}' holds a model of {state['sizes']}, the config asks for {self.config.sizes()}; "
-                "use the config it was trained with, or another --out"
-            )
+        state = load_weights(self.path, self.config, self.device)
         self.model.load_state_dict(state["model"])
-        for (optimiser, _), held in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(held)
         self.step, self.seconds, self.met_at = state["step"], state["seconds"], state["met_at"]
+        held = _read(self.out / OPTIMISERS, self.device) if (self.out / OPTIMISERS).is_file() else {"step": None}
+        if held["step"] != self.step:
+            print("no optimisers of this step: their momentum starts from nothing", flush=True)
+            return
+        for (optimiser, _), part in zip(self.optimisers, held["optimisers"], strict=True):
+            optimiser.load_state_dict(part)
 
     def rate(self) -> float:
         """Share of the peak learning rate: warm-up, plateau, and down to 0 once targets are met or time is short."""
