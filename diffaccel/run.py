@@ -298,7 +298,7 @@ class Run:
             return outside
         if heads:
             history.update(heads, past(call.of_heads(heads)), site.noise, twice)
-        self._reused(1 - len(heads) * len(history.noise) ** -1)
+        self._reused(1 - len(heads) / len(history.noise))
         return history.recall(site.noise, reuse.extrapolate)
 
     def saw(self, site: Site, outside: Partial, inside: Partial) -> None:
