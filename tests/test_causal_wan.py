@@ -722,6 +722,7 @@ def test_bad_inputs_are_refused_with_the_remedy(pipe, changes, says):
 
 def test_unread_words_are_told(pipe, caplog):
     logging.getLogger("diffaccel.pipelines.causal_wan").addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, "diffaccel.pipelines.causal_wan")  # the command line, if it ran before, set it
     generate(pipe, ["a purple circle moves sideways", PROMPT], num_frames=1, generator=None)
     [told] = pipe.prompt_warnings
     assert '"purple", "sideways"' in told
