@@ -82,12 +82,12 @@ def test_the_answer_is_what_the_rules_say_and_nothing_else_is(task, length):
 
 def test_small_documents_solved_by_hand():
     assert solve("<bos> recall #08 bad #07 gan #09 gas | so from #07 to #08 =") == "#07 gan #08 bad"
-    assert solve("<bos> walk > bas den > des bas > den fit > fit des | and from bas to des =") == "den fit des"
+    assert solve("<bos> walk > bas #07 > #11 bas > #07 fit > fit #11 | and from bas to #11 =") == "#07 fit #11"
     assert solve("<bos> edit #98 bas #99 den #00 fit swap #98 #00 set #99 des | from #98 to #00 =") == (
         "#98 fit #99 des #00 bas"
     )
     assert solve("<bos> sum #02 -5 #01 +4 #03 +3 | from #01 to #03 =") == "#01 4 #02 9 #03 2"
-    assert solve("<bos> close ( bas ( den ( fit ) fit ( des | from des to bas =") == "den bas"
+    assert solve("<bos> close bas den fit ) fit des | from des to bas =") == "den bas"
 
 
 def test_more_entries_than_fit_are_refused():
@@ -144,13 +144,15 @@ def test_a_block_knows_nothing_of_later_blocks_nor_of_other_noisy_ones(model):
     assert float((window_logits(model, other, changed, 8)[:, 8:16] - logits[:, 8:16]).abs().max()) > 1e-6
 
 
-def test_only_answers_are_masked_and_every_block_of_them_is():
-    answer = torch.zeros(64, 32, dtype=torch.bool)
+def test_only_answers_are_masked_few_at_most_while_told_so():
+    answer = torch.zeros(256, 32, dtype=torch.bool)
     answer[:, 5:29] = True
     masked = draw_masked(answer, 8, torch.Generator().manual_seed(0))
     assert not (masked & ~answer).any()
-    assert masked.view(64, 4, 8).any(2).all()
-    assert 0.3 < float(masked[:, 8:24].float().mean()) < 0.8
+    assert 0.45 < float(masked[:, 8:24].float().mean()) < 0.6
+    assert masked[:, 8:16].all(1).any()
+    few = draw_masked(answer, 8, torch.Generator().manual_seed(0), 0.5)
+    assert 0.2 < float(few[:, 8:24].float().mean()) < 0.3
 
 
 def test_a_step_lowers_the_loss(toy, tmp_path):
@@ -234,7 +236,7 @@ def test_a_run_resumes_exports_and_is_scored(toy, tmp_path):
         Training(replace(toy, hidden=64), tmp_path, CPU, 0)
     folder = tmp_path / "tiny-lm"
     export(toy, tmp_path, folder, CPU, rows=3)
-    assert "| walk | 0.000 |" in (folder / "README.md").read_text()
+    assert "| recall | 0.000 |" in (folder / "README.md").read_text()
     import score_tiny_lm
     from transformers import AutoTokenizer
 
@@ -244,7 +246,7 @@ def test_a_run_resumes_exports_and_is_scored(toy, tmp_path):
     )
     pipe.set_progress_bar_config(disable=True)
     # What the pipeline writes block by block is what all blocks at once give, as long as the past is the same.
-    drawn = held_out("walk", 2, 48, 7, 0)
+    drawn = held_out("recall", 2, 48, 7, 0)
     written, _ = score_tiny_lm.generate(pipe, drawn, 8, 0.9, 2)
     known = Documents("walk", drawn.ids.clone(), drawn.start, drawn.stop)
     first = 8 - drawn.start % 8

@@ -34,11 +34,11 @@ def layout(length: int, window: int, block: int, device: torch.device) -> tuple[
     return (own | past)[None, None], position[None]
 
 
-def draw_masked(answer: torch.Tensor, block: int, generator: torch.Generator) -> torch.Tensor:
-    """Which tokens of a window (rows, window) are masked: in each block at random, or all from some token on.
+def draw_masked(answer: torch.Tensor, block: int, generator: torch.Generator, most: float = 1.0) -> torch.Tensor:
+    """Which tokens of `answer` (rows, window) are masked: in each block at random, a share of up to `most`.
 
-    The ratio of each block is drawn apart. The sampler mostly sees the second kind, because the answers of most tasks
-    build on the token before. Only tokens of `answer` are masked; a block in which none would be masks all of them.
+    Where `most` is 1, in half of the blocks all from some token on instead. The sampler mostly sees that, because the
+    answers of most tasks build on the token before.
     """
     rows, window = answer.shape
     blocks = window // block
@@ -46,12 +46,11 @@ def draw_masked(answer: torch.Tensor, block: int, generator: torch.Generator) ->
     def uniform(last: int) -> torch.Tensor:
         return torch.rand(rows, blocks, last, generator=generator, device=answer.device)
 
-    at_random = uniform(block) < uniform(1)
-    cut = (uniform(1) * block).long()
-    onward = torch.arange(block, device=answer.device) >= cut
-    cells = answer.view(rows, blocks, block)
-    masked = torch.where(uniform(1) < 0.5, at_random, onward) & cells
-    return torch.where(masked.any(2, keepdim=True), masked, cells).view(rows, window)
+    masked = uniform(block) < most * uniform(1)
+    if most == 1:
+        onward = torch.arange(block, device=answer.device) >= (uniform(1) * block).long()
+        masked = torch.where(uniform(1) < 0.5, masked, onward)
+    return masked.view(rows, window) & answer
 
 
 def window_logits(

@@ -9,7 +9,7 @@ from tiny_world.checkpoint import TrainingError, record
 
 from .model import Config, build_model, build_tokenizer
 from .tasks import SHARE, TASKS, held_out, to_text
-from .train import ANSWERS, KEPT, WEIGHTS, final_scores, load_weights
+from .train import ANSWERS, EARLY, KEPT, WEIGHTS, final_scores, load_weights
 
 CARD = """# tiny-lm
 
@@ -33,10 +33,10 @@ token. Licence: Apache-2.0; nothing but text drawn by this repository's own rule
 {examples}
 
 * recall: labels and names, shuffled; list those from one label to another in order.
-* walk: links of one cycle of names, shuffled; follow them from one name to another.
+* walk: links of one cycle of names and labels by turns, shuffled; follow them from one word to another.
 * edit: a labelled list, then commands that set an entry or swap two; list a part of the result.
 * sum: labelled terms, shuffled; running sums modulo 10 in the order of the labels.
-* close: named brackets, some closed at once; close those still open, from the inside out.
+* close: names that open, some of which `)` closes at once; close those still open, from the inside out.
 
 ## Training
 
@@ -46,9 +46,12 @@ token. Licence: Apache-2.0; nothing but text drawn by this repository's own rule
 
 The sequence is [noisy end | clean document] under a block-causal mask, as in BD3-LM, {lengths} tokens long before the
 noisy copy of its last {window}. In each block of the answer a random share of the tokens is masked, or (half of the
-time) all from a random token on; the loss is the unweighted cross-entropy at masked tokens. Matrices are trained with
-Muon (peak rate {lr}), everything else with AdamW ({adam_lr}). One document in {share}, told by a checksum of its
-tokens, is held out.
+time) all from a random token on; the loss is the unweighted cross-entropy at masked tokens, every block weighing the
+same. In the first {early:.0%} of the run documents are short and at most half of a block is masked: a token is looked up
+by the one before it, and that is learned while it can be seen. Attention starts out copying what it finds and finding
+equal tokens, the first layer looking a few tokens back (`model.py`); on a CPU a small copy learned `recall` in a minute
+with this and not in five without. Matrices are trained with Muon (peak rate {lr}), everything else with AdamW
+({adam_lr}). One document in {share}, told by a checksum of its tokens, is held out.
 
 ## Scores
 
@@ -127,6 +130,7 @@ def export(
         torch=torch.__version__,
         lengths=" or ".join(map(str, config.lengths)),
         window=config.window,
+        early=EARLY,
         lr=config.lr,
         adam_lr=config.adam_lr,
         share=SHARE,

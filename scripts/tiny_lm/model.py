@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .tasks import BOS, EOS, IDS, PAD, VOCABULARY
 
 CONFIGS = Path(__file__).parent / "configs"
+DISTANCES = (1, 2, -1, 3)
+"""How many tokens back the heads of the first layer look to begin with."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,38 @@ def build_model(config: Config) -> LlamaForCausalLM:
             eos_token_id=EOS,
         )
     )
-    # Heads that prefer some distance to begin with: looking a word up starts from the token beside it.
-    for layer in model.model.layers:
-        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            torch.nn.init.normal_(part.bias)
+    _initialise(model)
     return model
+
+
+@torch.no_grad()
+def _initialise(model: LlamaForCausalLM, match: float = 4.0, peak: float = 30.0) -> None:
+    """Attention that copies what it finds and finds equal tokens, after heads that look a few tokens back.
+
+    Without it a small model takes very long to begin to look words up. Queries and keys start as one matrix (a token
+    scores `match` with itself), outputs as the transpose of values (after Trockman and Kolter, arXiv 2305.09828); the
+    biases of the first layer score `peak` at one distance a head.
+    """
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    size = hidden // heads
+    model.model.embed_tokens.weight.normal_(std=hidden**-0.5)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        values = torch.nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(values.T * hidden**-0.5)
+        attention.k_proj.weight.normal_(std=(match / (hidden * size**0.5)) ** 0.5)
+        attention.q_proj.weight.copy_(attention.k_proj.weight)
+    first = model.model.layers[0].self_attn
+    speed = model.model.rotary_emb.inv_freq
+    # Slower rotations than these hardly tell neighbours apart.
+    scale = torch.where(speed > 0.05, (peak * size**0.5 / (speed > 0.05).sum()) ** 0.5, 0.0)
+    for part in (first.q_proj, first.k_proj):
+        part.weight.mul_(0.1)
+    for head, distance in zip(range(heads), DISTANCES * heads, strict=False):
+        angle = distance * speed
+        rows = slice(head * size, (head + 1) * size)
+        first.q_proj.bias[rows] = torch.cat([scale * angle.cos(), -scale * angle.sin()])
+        first.k_proj.bias[rows] = torch.cat([scale, torch.zeros_like(scale)])
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ import torch
 
 TASKS = ("recall", "walk", "edit", "sum", "close")
 PAD, BOS, EOS, MASK = range(4)
-WORDS = (*TASKS, "from", "to", "=", "|", ">", "(", ")", "set", "swap")
+WORDS = (*TASKS, "from", "to", "=", "|", ">", ")", "set", "swap")
 FILLER = ("and", "so", "then", "but", "now", "or", "yet", "thus", "well", "oh", "also", "still", "just", "even")
 DIGITS = tuple("0123456789")
 TERMS = tuple(f"{value:+}" for value in range(-9, 10))
@@ -25,9 +25,9 @@ DIGIT, TERM, LABEL, NAME = IDS["0"], IDS["-9"], IDS["#00"], IDS[NAMES[0]]
 
 UNIT = {"recall": 2, "walk": 1, "edit": 2, "sum": 2, "close": 1}
 """Tokens of the answer an entry."""
-SIZE = {"recall": 2.0, "walk": 3.0, "edit": 3.125, "sum": 2.0, "close": 4.0}
+SIZE = {"recall": 2.0, "walk": 3.0, "edit": 3.125, "sum": 2.0, "close": 2.5}
 """Tokens of the table an entry, at most."""
-MOST = {"recall": 100, "walk": 128, "edit": 100, "sum": 100, "close": 84}
+MOST = {"recall": 100, "walk": 200, "edit": 100, "sum": 100, "close": 84}
 FRAME = 9
 """Tokens around table, filler and answer: <bos> task | from A to Z = and an <eos>."""
 SHARE = 31
@@ -99,12 +99,14 @@ def _recall(draw: Draw, rows: int, entries: int, count: int) -> Parts:
 
 
 def _walk(draw: Draw, rows: int, entries: int, count: int) -> Parts:
-    """Links of one cycle of names, shuffled; the answer follows them."""
-    names = NAME + draw.some(rows, len(NAMES), entries)
-    links = torch.stack([torch.full_like(names, IDS[">"]), names, names.roll(-1, 1)], 2)
-    table = _take(links, draw.some(rows, entries, entries)).flatten(1)
-    index = draw.below(entries, rows, 1) + torch.arange(count + 1, device=draw.device)
-    path = _take(names, index % entries)
+    """Links of one cycle of names and labels by turns, shuffled; the answer follows them."""
+    half = entries // 2
+    names, labels = NAME + draw.some(rows, len(NAMES), half), LABEL + draw.some(rows, len(LABELS), half)
+    cycle = torch.stack([names, labels], 2).flatten(1)
+    links = torch.stack([torch.full_like(cycle, IDS[">"]), cycle, cycle.roll(-1, 1)], 2)
+    table = _take(links, draw.some(rows, 2 * half, 2 * half)).flatten(1)
+    index = draw.below(2 * half, rows, 1) + torch.arange(min(count, 2 * half - 1) + 1, device=draw.device)
+    path = _take(cycle, index % (2 * half))
     return table, path[:, 0], path[:, -1], path[:, 1:]
 
 
@@ -141,18 +143,17 @@ def _sum(draw: Draw, rows: int, entries: int, count: int) -> Parts:
 
 
 def _close(draw: Draw, rows: int, entries: int, count: int) -> Parts:
-    """Named brackets; some are closed at once. The answer names those still open, from the inside out."""
+    """Names that open, some of which `)` closes at once; the answer lists those still open, from the inside out."""
     closed = entries // 2
     names = NAME + draw.some(rows, len(NAMES), entries + closed)
     names, inner = names.split([entries, closed], 1)
     where = draw.some(rows, entries, closed)
-    kept = torch.ones(rows, entries, 6, dtype=torch.bool, device=draw.device)
-    kept[..., 2:] = torch.zeros_like(names, dtype=torch.bool).scatter(1, where, True)[..., None]
+    kept = torch.ones(rows, entries, 4, dtype=torch.bool, device=draw.device)
+    kept[..., 1:] = torch.zeros_like(names, dtype=torch.bool).scatter(1, where, True)[..., None]
     second = torch.zeros_like(names).scatter(1, where, inner)
-    opens, closes = torch.full_like(names, IDS["("]), torch.full_like(names, IDS[")"])
     # Every row keeps as many; a stable sort moves them to the front in their order.
-    front = (~kept).flatten(1).byte().argsort(dim=1, stable=True)[:, : 2 * entries + 4 * closed]
-    table = _take(torch.stack([opens, names, opens, second, closes, second], 2).flatten(1), front)
+    front = (~kept).flatten(1).byte().argsort(dim=1, stable=True)[:, : entries + 3 * closed]
+    table = _take(torch.stack([names, second, torch.full_like(names, IDS[")"]), second], 2).flatten(1), front)
     asked = _take(names, _span(draw, rows, entries, count + 1)).flip(1)
     return table, asked[:, 0], asked[:, -1], asked[:, 1:]
 
@@ -266,11 +267,11 @@ def solve(prompt: str) -> str:
             path.append(links[path[-1]])
         return " ".join(path)
     stack: list[str] = []
-    for bracket, name in zip(*[table] * 2, strict=True):
-        if bracket == "(":
-            stack.append(name)
-        elif stack.pop() != name:
-            raise ValueError(f"bracket {name} closes where another is open")
+    for word in table:
+        if word != ")":
+            stack.append(word)
+        elif stack.pop() != (name := next(table)):
+            raise ValueError(f"{name} closes where another is open")
     stack.reverse()
     return " ".join(stack[stack.index(first) + 1 : stack.index(last) + 1])
 

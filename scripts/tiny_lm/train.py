@@ -33,6 +33,11 @@ KEPT = 64
 """Tokens of the prompt that the control keeps."""
 DECAY = 0.3
 """Part of a run in which the rate falls to zero."""
+EARLY, FEW = 0.25, 0.5
+"""Part of a run in which documents are short, and at most so many of a block's tokens masked.
+
+A token is looked up by the one before it; that is only learned while most of them can be seen.
+"""
 
 
 def draw_batch(config: Config, length: int, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +154,10 @@ class Training:
         fall = 1 - (self.seconds - min(self.met_at, budget * (1 - DECAY))) / (budget * DECAY)
         return min(1.0, (self.step + 1) / 100) * max(0.0, min(1.0, fall))
 
+    def early(self) -> bool:
+        """Whether the run is in its first part."""
+        return self.seconds < EARLY * self.config.minutes * 60
+
     def update(self, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step on fresh documents: the cross-entropy of the window's tokens, and their bins of `BINS`, else -1."""
         ids, answer = draw_batch(self.config, length, self.draw)
@@ -157,7 +166,7 @@ class Training:
     def update_on(self, ids: torch.Tensor, answer: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same on given documents."""
         clean = ids[:, -self.config.window :]
-        masked = draw_masked(answer, block, self.draw.generator)
+        masked = draw_masked(answer, block, self.draw.generator, FEW if self.early() else 1.0)
         logits = window_logits(self.model, clean.masked_fill(masked, MASK), ids, block, self.dtype)
         loss = cross_entropy(logits, clean)
         # Every block weighs the same, however many of its tokens are masked: where few are, they can be told.
@@ -208,9 +217,7 @@ def train(config: Config, out: Path, device: torch.device, seed: int, steps: int
     start, checked, saved = time.monotonic() - training.seconds, training.seconds, training.seconds
     sums = torch.zeros(2, len(BINS), device=device)
     while training.seconds < budget and (steps is None or training.step < steps) and training.rate() > 0:
-        # Short documents first: their tables are smaller, and a step takes in twice as many.
-        early = training.seconds < 0.2 * budget
-        long = training.step % 4 and not early
+        long = training.step % 4 and not training.early()
         length = max(config.lengths) if long else min(config.lengths)
         loss, third = training.update(length, config.blocks[training.step % len(config.blocks)])
         for index in range(len(BINS)):
