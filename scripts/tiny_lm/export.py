@@ -49,8 +49,8 @@ noisy copy of its last {window}. In each block of the answer a random share of t
 time) all from a random token on; the loss is the unweighted cross-entropy at masked tokens, every block weighing the
 same. In the first {early:.0%} of the run documents are short and at most half of a block is masked: a token is looked
 up by the one before it, and that is learned while it can be seen. Attention starts out copying what it finds and
-finding equal tokens, the first layer looking a few tokens back (`model.py`); on a CPU a small copy learned `recall` in a minute
-with this and not in five without. Matrices are trained with Muon (peak rate {lr}), everything else with AdamW
+finding equal tokens, the first layer looking a few tokens back (`model.py`): on a CPU a small copy learned `recall` in
+a minute with this and not in five without. Matrices are trained with Muon (peak rate {lr}), everything else with AdamW
 ({adam_lr}). One document in {share}, told by a checksum of its tokens, is held out.
 
 ## Scores

@@ -31,7 +31,7 @@ ANSWERS = (26, 48, 79)
 """Tokens of answer in the held-out documents, a third of them each."""
 KEPT = 64
 """Tokens of the prompt that the control keeps."""
-DECAY = 0.3
+DECAY = 0.4
 """Part of a run in which the rate falls to zero."""
 EARLY, FEW = 0.25, 0.5
 """Part of a run in which documents are short, and at most so many of a block's tokens masked.
