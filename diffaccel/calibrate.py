@@ -118,9 +118,7 @@ def calibrate(
         model=model,
         shape={"width": width, "height": height, "frames": num_frames, "steps": run.steps},
         prompts=len(prompts),
-        knobs={
-            name: value for name, value in policy.values().items() if name not in _CALIBRATED[type(policy).__name__]
-        },
+        knobs={name: value for name, value in policy.values().items() if name not in _CALIBRATED[method]},
         versions=versions,
         axes=axes,
         tables=tables,

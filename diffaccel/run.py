@@ -312,6 +312,8 @@ class Run:
         reuse, history = self.accel.reuse, self._histories[site.branch, site.layer]
         assert reuse is not None
         selected, key = past(call.read), (site.block, memory.version, "rest")
+        if not call.chose:  # a past too short to choose from was read whole
+            return selected
         if answer == "reuse" and history.holds(key):
             self._reused(1)
             return merge([selected, history.recall(site.noise, reuse.extrapolate)])
@@ -479,6 +481,7 @@ class Call:
     site: Site
     lanes: int  # batch rows x heads
     keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
+    chose: bool = False  # whether a selector left anything out
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""
@@ -489,6 +492,7 @@ class Call:
             if found is None:
                 continue
             self.run.fired(selector.slot)
+            self.chose = True
             if isinstance(found, Chosen):
                 self._count(q, found.keys_read)
                 self.run._chosen_bytes[self.site.branch] += found.bytes

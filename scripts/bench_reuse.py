@@ -33,7 +33,7 @@ class Bench:
     def __init__(self, sizes: dict, device: str, out: Path, rounds: int) -> None:
         self.sizes, self.device, self.rounds = sizes, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.grid = Grid(*sizes["grid"])
+        self.grid, self.blocks = Grid(*sizes["grid"]), 0  # of the past
         out.mkdir(parents=True, exist_ok=True)
         self.log, self.profile = (out / "reuse.jsonl").open("w"), out / "profile.json"
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ class Bench:
     def block(self, run: Run, steps: list[list[Tensor]]) -> list[Tensor]:
         """One block's attention in one layer; it is not committed, so that the next is like it."""
         found = []
-        number = len(run._filled)  # type: ignore[attr-defined]
+        number = self.blocks
         for step, (q, k, v) in enumerate(steps):
             phase = "clean" if step == STEPS else "denoise"
             with run.at(block=number, start=3 * number, step=step, steps=STEPS, phase=phase):
@@ -88,10 +88,10 @@ class Bench:
                 memory = run.memory(run.site(0, "self"))
                 memory.place(k, v, run.site(0, "self"), k)
                 memory.finish_block(self.grid.tokens)
-        run._filled = past  # type: ignore[attr-defined]
         return run
 
     def compare(self, blocks: int) -> None:
+        self.blocks = blocks
         past = [[self.draw(), self.draw()] for _ in range(blocks)]
         still = [[self.draw(), self.draw(), self.draw()]] * (STEPS + 1)
         steps = [[self.draw(), self.draw(), self.draw()] for _ in range(STEPS + 1)]

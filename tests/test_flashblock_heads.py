@@ -273,6 +273,20 @@ def test_what_is_selected_is_computed_and_the_rest_reused():
     assert run.slots["reuse"].skipped == 2
 
 
+def test_a_past_too_short_to_choose_from_is_read_once_and_nothing_is_reused():
+    accel = Accel(
+        selection=AnnSA(0.3, summaries=False, dense_steps=0, min_past=4),
+        reuse=FlashBlock(refresh=(0,), min_past=0, residual=True),
+        kernel="reference",
+    )
+    run, first = started(accel)
+    for step in range(2):
+        q, k, v = tensors()
+        assert_within(go(run, step, 1, q, k, v), parts64(q, first, q, k, v), F32, inputs=4)
+    assert (run.slots["reuse"].skipped, run.slots["reuse"].engaged) == (0, False)
+    assert float(run.slots["reuse"].keys_read) == 6 + 2 * 12  # the clean pass of the first block, then both
+
+
 # -- knobs and models ------------------------------------------------------------------------------------------------
 
 

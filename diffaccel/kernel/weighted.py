@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import Plan
+from ..sent import sent
 from . import reference
 from .merge import Partial, merge
 
@@ -88,8 +89,7 @@ def log_channels(groups: list[Group], scale: float, like: Tensor) -> Tensor:
         table[:, part] = rest
         rest = rest - table[:, part].double()
     sizes = torch.tensor([_size(group) for group in groups])
-    if like.is_cuda:
-        table, sizes = (x.pin_memory().to(like.device, non_blocking=True) for x in (table, sizes))
+    table, sizes = (sent(x, like.device) for x in (table, sizes))
     return table.repeat_interleave(sizes, 0, output_size=sum(map(_size, groups)))
 
 

@@ -109,10 +109,6 @@ class FlashBlock(ReusePolicy):
     def is_exact(self) -> bool:
         return self.refresh == 1 and self.profile is None and self.clean_pass == "compute"
 
-    @property
-    def keeps_two(self) -> bool:
-        return self.extrapolate > 0
-
     def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
         return None if self._profile is None else self._profile.mismatch(models)
 
@@ -142,7 +138,7 @@ class FlashBlock(ReusePolicy):
         if not self._computes(site.step, site.steps):
             return "reuse"
         last = site.step >= site.steps
-        return "together" if last or (self._computes(site.step + 1, site.steps) and not self.keeps_two) else "store"
+        return "together" if last or (self._computes(site.step + 1, site.steps) and not self.extrapolate) else "store"
 
     def _computes(self, step: int, steps: int) -> bool:
         if step >= steps:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernel import Partial
+from ..sent import sent
 
 Key = tuple[int, int, str]
 """Block, version of the cache, and part of the outside that was computed."""
@@ -58,9 +59,7 @@ class History:
         weights = [1 + damping * min(max(step, 0.0), 1.0) for step in ahead]
         if self.before is None or all(weight == 1 for weight in weights):
             return self.last
-        weight = torch.tensor(weights, dtype=torch.float32)
-        if self.last.lse.is_cuda:
-            weight = weight.pin_memory().to(self.last.lse.device, non_blocking=True)
+        weight = sent(torch.tensor(weights, dtype=torch.float32), self.last.lse.device)
         lse = torch.lerp(self.before.lse, self.last.lse, weight)
         out = torch.lerp(self.before.out, self.last.out, weight[:, None].to(self.last.out.dtype))
         nothing = self.last.lse.isneginf() | self.before.lse.isneginf()
@@ -90,5 +89,4 @@ def index(heads: Sequence[int], device: torch.device) -> slice | Tensor:
     first, last = heads[0], heads[-1]
     if list(heads) == list(range(first, last + 1)):
         return slice(first, last + 1)
-    found = torch.tensor(heads)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    return sent(torch.tensor(heads), device)

@@ -173,7 +173,7 @@ class AnnSA(Selector):
             buckets = _buckets(entries.lasting) if self.groups == "prompt" else None
             keys.choose(q, take, again, None if buckets is None else buckets.of_queries(site.block))
             keys.chosen_at = (site.block, q.shape[1], site.step)
-        return keys.chosen(q.shape[1], self.summaries)
+        return keys.chosen(self.summaries)
 
     def see_prompt(self, q: Tensor, prompt: "Entries", site: Site, lasting: "Lasting") -> None:
         soon = site.phase == "clean" or site.step + 1 >= ceil(self.dense_steps * site.steps)

@@ -13,6 +13,7 @@ from ..cache.entries import Entries
 from ..errors import KernelError
 from ..kernel import Partial, fa4, reference
 from ..kernel.block_sparse import BlockLists, Summary, block_sparse, by_fa4, fastest, gathered, written_out
+from ..sent import sent
 
 SAMPLES = 16
 """Means of near queries that stand for a block of queries where blocks of keys are ranked."""
@@ -38,7 +39,6 @@ class Chosen:
     log_weight: Tensor | None  # (B, H, N) fp32
     summary: Summary | None
     keys_read: int  # of each query, the same for all
-    queries: int  # how many they are
 
     @property
     def bytes(self) -> int:
@@ -98,7 +98,7 @@ class KeyBlocks:
         if not self.count:
             self._pending = torch.empty(batch, heads, 0, dtype=torch.int64, device=device)
             self._sorted = self._pending
-        added = _where(fresh, device)
+        added = sent(fresh.nonzero().squeeze(1), device)
         self.together = self.together or len(added)
         places = torch.cat([self._pending, added.expand(batch, heads, -1)], 2)
         if len(added) and buckets is not None:
@@ -110,7 +110,7 @@ class KeyBlocks:
         full = places.shape[2] // self.block * self.block
         places, self._pending = places.split([full, places.shape[2] - full], 2)
         self.always = always
-        behind = torch.cat([self._pending, _where(always, device).expand(batch, heads, -1)], 2)
+        behind = torch.cat([self._pending, sent(always.nonzero().squeeze(1), device).expand(batch, heads, -1)], 2)
         self._write(entries, self._sorted.shape[2], torch.cat([places, behind], 2))
         if full:
             self._sorted = torch.cat([self._sorted, places], 2)
@@ -119,7 +119,7 @@ class KeyBlocks:
 
     def refill(self, entries: Entries) -> None:
         """Other keys and values in the places of those before; what was chosen stays."""
-        always = _where(self.always, entries.k.device).expand(*self._sorted.shape[:2], -1)
+        always = sent(self.always.nonzero().squeeze(1), entries.k.device).expand(*self._sorted.shape[:2], -1)
         self._write(entries, 0, torch.cat([self._sorted, self._pending, always], 2))
         self.about = self._means = None
         self._describe(0, self._sorted.shape[2])
@@ -193,7 +193,7 @@ class KeyBlocks:
         counts = torch.full(lists.shape[:-1], lists.shape[-1], dtype=torch.int32, device=q.device)
         self.lists = BlockLists(lists, counts, query_block, self.block, ascending=True)
 
-    def chosen(self, queries: int, summaries: bool) -> Chosen:
+    def chosen(self, summaries: bool) -> Chosen:
         """What was chosen, of the keys as they are now."""
         assert self.lists is not None
         read = self.lists.lists.shape[-1] - (self._blocks - self.choices)
@@ -205,7 +205,6 @@ class KeyBlocks:
             self._log_weight,
             self._summary() if summaries else None,
             read * self.block + self.count - self.choices * self.block + (self.choices - read if summaries else 0),
-            queries,
         )
 
     @property
@@ -262,12 +261,6 @@ def sort(x_BHND: Tensor, groups: str, centroids: Tensor | None) -> Ordered:
     if centroids is not None and centroids.shape[2] <= x_BHND.shape[2]:
         return ordered(x_BHND, "kmeans", iterations=_WARM_ITERATIONS, sample=_SAMPLE, centroids=centroids)
     return ordered(x_BHND, "kmeans", clusters=max(1, min(_CLUSTERS, x_BHND.shape[2] // _CLUSTER)), sample=_SAMPLE)
-
-
-def _where(mask: Tensor, device: torch.device) -> Tensor:
-    """Places of the true ones of a mask on the host, on the device without waiting for it."""
-    places = mask.nonzero().squeeze(1)
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 def block_for(tokens: int, least: int) -> int:
