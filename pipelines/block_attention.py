@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from diffaccel import kernel
 from diffaccel.errors import UnsupportedError
-from diffaccel.kernel import Partial, merge
+from diffaccel.kernel import Partial, fa3, merge
 
 NAME, CANVAS = "diffaccel_block", "diffaccel_canvas"
 """What the attention is registered as; a model has it only while it forwards for `BlockLM` or `CanvasLM`."""
@@ -27,12 +27,16 @@ NAME, CANVAS = "diffaccel_block", "diffaccel_canvas"
 _CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
+Answer = Literal["together", "store", "reuse"]
+"""What to do with attention outside the block: read it with the block's own, compute it apart and keep it, reuse it."""
+
+
 @dataclass
 class Counters:
     """Sums over passes. Tokens are counted once for every row of the batch.
 
     `calls` are attention calls of the block at work, an "external" one is its attention to finished blocks; `pairs` of
-    a query and a key outside the block, that dense attention would compute and that were.
+    a query and a key outside the block, that dense attention would compute and that were. Graphs are of whole steps.
     """
 
     passes: int = 0
@@ -44,6 +48,20 @@ class Counters:
     pairs_total: int = 0
     pairs_computed: int = 0
     fewest_changed: int | None = None  # at a step that was not a block's first
+    graphs_captured: int = 0
+    graphs_replayed: int = 0
+
+    def note(self, answer: str, batch: int, block: int, past: int, rows: int, layers: int = 1) -> None:
+        """A call in each of `layers`; `rows` of the block are recomputed where the answer is "reuse"."""
+        self.calls += layers
+        if not past:
+            return
+        self.pairs_total += layers * batch * block * past
+        self.pairs_computed += layers * batch * (rows if answer == "reuse" else block) * past
+        if answer == "reuse":
+            self.external_reused += layers
+        else:
+            self.external_computed += layers
 
 
 @dataclass
@@ -61,18 +79,29 @@ class Pass:
     inside_allowed: Tensor | None
     kernel: str
     counters: Counters
-    answer: Literal["together", "store", "reuse"] = "together"
+    answer: Answer = "together"
     stored: dict[Any, Partial] = field(default_factory=dict)
     dirty: Tensor | None = None
     drop: bool = False
+
+    def run(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of all tokens of the pass, (B, pending + S, H, D), from tensors as transformers has them."""
+        written = key.shape[2] - query.shape[2] + self.pending  # what the block at work has before it
+        before, q = query.split([self.pending, query.shape[2] - self.pending], dim=2)
+        layer = getattr(module, "layer_idx", module)
+        out = self.attend(layer, q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
+        if not self.pending:
+            return out
+        past = key[:, :, :written], value[:, :, :written]
+        finished, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, before, *past, self.mask, scaling=scale, is_causal=False)
+        return torch.cat([finished, out], dim=1)
 
     def attend(self, layer: Any, q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, scale: float) -> Tensor:
         """Attention of the block at work, (B, S, H, D), to all N keys, the last S of which are its own."""
         read = _reader(self.kernel, q_BSHD, scale)
         block, past = q_BSHD.shape[1], k_BNGD.shape[1] - q_BSHD.shape[1]
-        self.counters.calls += 1
-        if past:
-            self._count(q_BSHD.shape[0], block, past)
+        rows = 0 if self.dirty is None or self.drop else len(self.dirty_rows)
+        self.counters.note(self.answer, q_BSHD.shape[0], block, past, rows)
         padded = self.outside_allowed is not None or self.inside_allowed is not None
         if not past or (self.answer == "together" and not padded):
             return read(q_BSHD, k_BNGD, v_BNGD, self.inside_allowed).out
@@ -91,16 +120,6 @@ class Pass:
                 self.stored[layer] = external
         inside = read(q_BSHD, k_BNGD[:, past:], v_BNGD[:, past:], self.inside_allowed)
         return merge([external, inside]).out
-
-    def _count(self, batch: int, block: int, past: int) -> None:
-        self.counters.pairs_total += batch * block * past
-        if self.answer == "reuse":
-            self.counters.external_reused += 1
-            if self.dirty is not None and not self.drop:
-                self.counters.pairs_computed += batch * len(self.dirty_rows) * past
-        else:
-            self.counters.external_computed += 1
-            self.counters.pairs_computed += batch * block * past
 
     @property
     def dirty_rows(self) -> Tensor:
@@ -141,7 +160,7 @@ def grouped(chosen: ModuleType, q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, 
     """
     b, s, h, d = q_BSHD.shape
     g = k_BNGD.shape[2]
-    if g == h:
+    if g == h or chosen is fa3:  # which does this itself
         return chosen.partial(q_BSHD, k_BNGD, v_BNGD, scale=scale)
     folded = q_BSHD.reshape(b, s, g, h // g, d).transpose(2, 3).reshape(b, s * (h // g), g, d)
     out, lse = chosen.partial(folded, k_BNGD, v_BNGD, scale=scale)
@@ -162,7 +181,13 @@ def masked(q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, scale: float, allowed
     return Partial(out.reshape(b, s, h, d).to(q_BSHD.dtype), lse.reshape(b, s, h).float())
 
 
-_now: ContextVar[Pass] = ContextVar(NAME)
+class Attention(Protocol):
+    """What the attention calls of a forward pass go through."""
+
+    def run(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor: ...
+
+
+_now: ContextVar[Attention] = ContextVar(NAME)
 
 
 def block_attention(
@@ -181,18 +206,7 @@ def block_attention(
     attention that is not plain softmax over all keys.
     """
     _refuse_other_softmax(module, key, value, kwargs)
-    now = _now.get()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    written = key.shape[2] - query.shape[2] + now.pending  # what the block at work has before it
-    before, q = query.split([now.pending, query.shape[2] - now.pending], dim=2)
-    out = now.attend(
-        getattr(module, "layer_idx", module), q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale
-    )
-    if now.pending:
-        past = key[:, :, :written], value[:, :, :written]
-        finished, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, before, *past, now.mask, scaling=scale, is_causal=False)
-        out = torch.cat([finished, out], dim=1)
-    return out, None
+    return _now.get().run(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 def canvas_attention(
@@ -211,6 +225,7 @@ def canvas_attention(
     """
     _refuse_other_softmax(module, key, value, {**kwargs, "sliding_window": None})
     now, past = _now.get(), key.shape[2] - query.shape[2]
+    assert isinstance(now, Pass)
     now.outside_allowed = now.inside_allowed = None
     if attention_mask is not None:
         allowed = (attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0)[:, 0]
@@ -241,7 +256,7 @@ AttentionInterface.register(CANVAS, canvas_attention)
 
 
 @contextmanager
-def at_work(lm: Any, now: Pass, name: str = NAME) -> Iterator[None]:
+def at_work(lm: Any, now: Attention, name: str = NAME) -> Iterator[None]:
     """The text model attends by what is registered as `name` for this pass; afterwards by what it had before."""
     config = lm.config.get_text_config()
     before = config._attn_implementation
@@ -252,6 +267,11 @@ def at_work(lm: Any, now: Pass, name: str = NAME) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         _now.reset(token)
+
+
+_LEAST, _MOST = 512, 32768
+"""Tokens that a cache grows by: as many as it holds, but no fewer than the first, a row, nor more than the second, over
+the batch. Twice a long text would not fit a GPU."""
 
 
 class _RoomyLayer(DynamicLayer):
@@ -267,16 +287,23 @@ class _RoomyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self.keys.shape[2]:
-            self.keys, self.values = self._grown(self.keys, start), self._grown(self.values, start)
+        start = self.length
+        self.reserve(start + key_states.shape[2])
+        self.length = start + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def _grown(self, tensor: Tensor, used: int) -> Tensor:
-        room = tensor.new_empty(*tensor.shape[:2], max(2 * used, self.length), tensor.shape[3])
-        room[:, :, :used] = tensor[:, :, :used]
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many; where there is, nothing moves."""
+        if tokens > self.keys.shape[2]:
+            more = min(max(self.length, _LEAST), max(_LEAST, _MOST // self.keys.shape[0]))
+            size = max(tokens, self.length + more)
+            self.keys, self.values = self._grown(self.keys, size), self._grown(self.values, size)
+
+    def _grown(self, tensor: Tensor, size: int) -> Tensor:
+        room = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
+        room[:, :, : self.length] = tensor[:, :, : self.length]
         return room
 
     def get_seq_length(self) -> int:

@@ -15,17 +15,19 @@ arXiv 2503.09573; FlashBlock: arXiv 2602.05305).
 
 import inspect
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any
+from types import ModuleType, TracebackType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from diffaccel import kernel
 from diffaccel.errors import KnobError, NotEngagedError, UnsupportedError
 from diffaccel.reuse.token_count import TokenCount
 
-from .block_attention import BlockCache, Counters, Pass, at_work
+from .block_attention import Answer, BlockCache, Counters, Pass, at_work
+from .fixed_step import FixedSteps
 
 __all__ = ["BlockLM", "TokenCount"]
 
@@ -33,6 +35,7 @@ __all__ = ["BlockLM", "TokenCount"]
 # computed, and where only a token differs that must not be seen
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _UNSEEN = 1e-5
+_CHUNK = 2048  # tokens of a prompt forwarded at a time: their mask grows with it
 
 
 @dataclass
@@ -52,6 +55,7 @@ class _Progress:
     cache: BlockCache = field(default_factory=BlockCache)
     seen: tuple[Tensor, ...] = ()
     outside: _Outside | None = None
+    fixed: FixedSteps | None = None
     counters: Counters = field(default_factory=Counters)
 
     def keep(self, window: tuple[Tensor, ...], start: int, block: int) -> int:
@@ -59,13 +63,11 @@ class _Progress:
         cached = self.cache.get_seq_length()
         kept = min(cached, start)
         if not self.seen or self.seen[0].shape[0] != window[0].shape[0]:
-            kept = 0
+            self.cache, kept, cached = BlockCache(), 0, 0
         elif not all(torch.equal(a[:, :kept], b[:, :kept]) for a, b in zip(self.seen, window, strict=True)):
             differs = [(a[:, :kept] != b[:, :kept]).any(0) for a, b in zip(self.seen, window, strict=True)]
             kept = int(torch.stack(differs).any(0).nonzero()[0]) // block * block
-        if kept == 0:
-            self.cache = BlockCache()
-        elif kept < cached:
+        if kept < cached:
             self.cache.crop(kept - cached)
         return kept
 
@@ -85,11 +87,12 @@ class BlockLM(nn.Module):
         cache: False forwards the whole text at every step: what the pipeline does by itself, as the dense arm.
         approximate: cache although the model turns out not to be block-causal; the report says so.
         kernel: one of `diffaccel.kernel.CHOICES`, for the block at work.
+        graphs: replay steps as CUDA graphs: "auto" where that is possible, and the report says why where it is not.
 
     Raises:
         KnobError: block_length below 1, or `reuse` without a cache.
         UnsupportedError: from the first forward: the model is not block-causal, which is checked by running it, or its
-            attention cannot be split.
+            attention cannot be split, or graphs were asked for and are not possible.
         NotEngagedError: on leaving `with`, if `reuse` was asked for and nothing was ever reused.
     """
 
@@ -104,6 +107,7 @@ class BlockLM(nn.Module):
         cache: bool = True,
         approximate: bool = False,
         kernel: str = "auto",
+        graphs: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         if block_length < 1:
@@ -111,8 +115,11 @@ class BlockLM(nn.Module):
         if reuse is not None and not cache:
             raise KnobError("reuse needs the cache of finished blocks, got cache=False; drop one of the two")
         self.lm, self.block_length = lm, block_length
-        self.reuse, self.cached, self.approximate, self.kernel = reuse, cache, approximate, kernel
+        if graphs not in (True, False, "auto"):
+            raise KnobError(f"graphs is True, False or 'auto', got {graphs!r}")
+        self.reuse, self.cached, self.approximate, self.kernel, self.graphs = reuse, cache, approximate, kernel, graphs
         self.doubts: list[str] = []
+        self.no_graphs: str | None = None
         self._checked: tuple[torch.device, torch.dtype] | None = None
         self._interface = bool(getattr(lm, "_can_set_attn_implementation", lambda: False)())
         self._keeps_logits = "logits_to_keep" in inspect.signature(lm.forward).parameters
@@ -169,24 +176,38 @@ class BlockLM(nn.Module):
             return self._logits(window, None, self._additive(window[1], 0, length))
         block, start = self.block_length, length - self.block_length
         kept = progress.keep(window, start, block)
-        new = tuple(part[:, kept:] for part in window)
-        counters.tokens_forwarded += new[0].numel()
-        try:
-            if self._interface:
-                now = self._pass(progress, window, kept)
-                with at_work(self.lm, now):
-                    logits = self._logits(new, progress.cache, None)
-            else:
-                logits = self._logits(new, progress.cache, self._additive(window[1], kept, length))
-        except BaseException:
-            progress.cache, progress.seen = BlockCache(), ()  # its layers may hold different tokens now
-            raise
-        progress.cache.crop(-block)
+        counters.tokens_forwarded += batch * (length - kept)
+        replayed = bool(start) and self.no_graphs is None and bool(window[1].all())
         progress.seen = tuple(part[:, :start].clone() for part in window) if kept < start else progress.seen
+        try:
+            while start - kept > (block * bool(kept) if replayed else _CHUNK):
+                stop = min(start, kept + _CHUNK // block * block + block)
+                before = tuple(part[:, :stop] for part in window)
+                self._run(progress, before, kept, self._pass(before, kept, Counters()))
+                kept = stop
+            answer, dirty = self._answer(progress, window[0], kept)
+            if replayed and (logits := self._replay(progress, window, kept, answer, dirty)) is not None:
+                return logits
+            now = self._pass(window, kept, counters)
+            now.answer, now.dirty, now.drop = answer, dirty, self.reuse is not None and self.reuse.dirty == "drop"
+            now.stored = now.stored if progress.outside is None else progress.outside.stored
+            logits = self._run(progress, window, kept, now)
+            progress.cache.crop(-block)
+        except BaseException:
+            progress.cache, progress.seen, progress.fixed = BlockCache(), (), None  # may hold different tokens now
+            raise
         return logits
 
-    def _pass(self, progress: _Progress, window: tuple[Tensor, ...], kept: int) -> Pass:
-        (tokens, valid, _), block, counters = window, self.block_length, progress.counters
+    def _run(self, progress: _Progress, window: tuple[Tensor, ...], kept: int, now: Pass) -> Tensor:
+        """Logits of the last block; all tokens from `kept` on are put into the cache."""
+        new = tuple(part[:, kept:] for part in window)
+        if not self._interface:
+            return self._logits(new, progress.cache, self._additive(window[1], kept, window[0].shape[1]))
+        with at_work(self.lm, now):
+            return self._logits(new, progress.cache, None)
+
+    def _pass(self, window: tuple[Tensor, ...], kept: int, counters: Counters) -> Pass:
+        (tokens, valid, _), block = window, self.block_length
         start = tokens.shape[1] - block
         outside = inside = None
         if not bool(valid.all()):  # of each part alone: the tail of the last block is padding in most texts
@@ -194,9 +215,13 @@ class BlockLM(nn.Module):
             outside = None if bool(valid[:, :start].all()) else allowed[..., :start]
             inside = None if bool(valid[:, start:].all()) else allowed[..., start:]
         mask = self._additive(valid, kept, start) if kept < start else None
-        now = Pass(start - kept, mask, outside, inside, self.kernel, counters)
+        return Pass(start - kept, mask, outside, inside, self.kernel, counters)
+
+    def _answer(self, progress: _Progress, tokens: Tensor, kept: int) -> tuple[Answer, Tensor | None]:
+        """What to do with attention outside the block, and which of its tokens (B, S) changed, if any of them did."""
+        start, counters = tokens.shape[1] - self.block_length, progress.counters
         if self.reuse is None or not start:
-            return now
+            return "together", None
         last, at_work = progress.outside, tokens[:, start:]
         changed = None
         if kept == start and last is not None and last.start == start:
@@ -205,15 +230,71 @@ class BlockLM(nn.Module):
                 changed = int(dirty.sum(1).max())
                 fewest = counters.fewest_changed
                 counters.fewest_changed = changed if fewest is None else min(changed, fewest)
-        now.answer = self.reuse.answer(changed)
-        if now.answer == "reuse":
-            assert last is not None
-            last.dirty, now.stored, now.drop = dirty, last.stored, self.reuse.dirty == "drop"
-            now.dirty = dirty if changed else None
-        else:
+        answer = self.reuse.answer(changed)
+        if answer != "reuse":
             progress.outside = _Outside(start, at_work.clone(), torch.zeros_like(at_work, dtype=torch.bool))
-            now.stored = progress.outside.stored
-        return now
+            return answer, None
+        assert last is not None
+        last.dirty = dirty
+        return answer, dirty if changed else None
+
+    # -- CUDA graphs --------------------------------------------------------------------------------------------------
+
+    def _find_no_graphs(self) -> str | None:
+        """Why steps cannot be replayed as CUDA graphs, or None."""
+        if self.graphs is False:
+            return "graphs=False"
+        if not self._interface:
+            return f"{type(self.lm).__name__} does not attend through transformers' attention interface"
+        if self.device.type != "cuda":
+            return f"CUDA graphs are for CUDA, and the model is on {self.device.type}"
+        if (chosen := self._resolve()) is not kernel.fa3:
+            why = kernel.fa3.unusable(self.device, self.dtype, self._head_dim) or f"kernel={self.kernel!r}"
+            return f"only the kernel fa3 reads on the GPU how full the cache is, not {chosen.name}: {why}"
+        return None
+
+    @property
+    def _head_dim(self) -> int:
+        config = self.lm.config.get_text_config()
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def _resolve(self) -> ModuleType:
+        return kernel.resolve(self.kernel, self.device, self.dtype, self._head_dim)
+
+    def _refuse_graphs(self, why: str | None) -> None:
+        self.no_graphs = why
+        if why and self.graphs is True:
+            raise UnsupportedError(f"graphs=True, and {why}; use graphs='auto' to go without where they cannot be")
+
+    def _replay(
+        self, progress: _Progress, window: tuple[Tensor, ...], kept: int, answer: Answer, dirty: Tensor | None
+    ) -> Tensor | None:
+        """Logits of the last block by a captured step; None where the model turns out not to be capturable."""
+        (batch, length), block, cache = window[0].shape, self.block_length, progress.cache
+        start = length - block
+        pending, chosen = start - kept, self._resolve()
+        for layer in cache.layers:
+            layer.reserve(length)  # type: ignore[attr-defined]
+        fixed, drop = progress.fixed, self.reuse is not None and self.reuse.dirty == "drop"
+        if fixed is None or not fixed.fits(cache, batch, weights=pending > 0):
+            heads = self.lm.config.get_text_config().num_attention_heads
+            fixed = progress.fixed = FixedSteps(self.lm, cache, batch, block, heads, drop=drop, kernel=chosen)
+        captured = fixed.captured
+        try:
+            logits = fixed(window[0][:, kept:], window[2][:, kept:], kept, answer, dirty)
+        except UnsupportedError as error:
+            progress.fixed = None
+            self._refuse_graphs(str(error))
+            return None
+        if answer == "store":
+            assert progress.outside is not None
+            progress.outside.stored = dict(enumerate(fixed.stored))
+        counters = progress.counters
+        counters.graphs_captured += fixed.captured - captured
+        counters.graphs_replayed += 1
+        rows = 0 if dirty is None or drop else block
+        counters.note(answer, batch, block, start, rows, len(cache.layers))
+        return logits
 
     def _logits(
         self, window: tuple[Tensor, ...], cache: BlockCache | None, mask: Tensor | None, *, whole: bool = False
@@ -264,6 +345,8 @@ class BlockLM(nn.Module):
         self._progress = _Progress(counters=self._progress.counters)  # a cache elsewhere is of no use here
         with torch.no_grad():
             self.doubts = [] if not self.cached else self._find_doubts()
+        if not self.cached:
+            self._refuse_graphs("cache=False forwards the whole text at every step")
         if self.doubts and not self.approximate:
             raise UnsupportedError(
                 f"a cache of finished blocks is exact only for a block-causal model, and {type(self.lm).__name__} is "
@@ -304,21 +387,29 @@ class BlockLM(nn.Module):
 
     def _cached_gap(self, ids: Tensor, usual: Tensor) -> float:
         """The largest difference of cached logits, over two windows and a second step in the last of them."""
-        block, progress, gaps = self.block_length, _Progress(), []
-        for stop in (2 * block, 3 * block, 3 * block):
-            part = ids[:, :stop]
-            window = (part, torch.ones_like(part, dtype=torch.bool), torch.arange(stop, device=ids.device)[None])
-            cached = self._forward(progress, window)
-            if self._interface and not progress.counters.calls:
-                self._interface = False  # it says it attends through the interface, and does not
-                return self._cached_gap(ids, usual)
-            gaps.append(_difference(cached, usual[:, stop - block : stop]))
+        self.no_graphs = "not yet"
+        gaps, calls = self._gaps(ids, usual)
+        if self._interface and not calls:
+            self._interface = False  # it says it attends through the interface, and does not
+            gaps, _ = self._gaps(ids, usual)
         if self.reuse is not None and not self._interface:
             raise UnsupportedError(
                 f"reuse needs a model that attends through transformers' attention interface, and "
                 f"{type(self.lm).__name__} does not; leave reuse out, the cache works without"
             )
+        self._refuse_graphs(self._find_no_graphs())
+        if self.no_graphs is None:
+            gaps += self._gaps(ids, usual)[0]
         return max(gaps)
+
+    def _gaps(self, ids: Tensor, usual: Tensor) -> tuple[list[float], int]:
+        """Differences, and how many attention calls there were."""
+        block, progress, gaps = self.block_length, _Progress(), []
+        for stop in (2 * block, 3 * block, 3 * block):
+            part = ids[:, :stop]
+            window = (part, torch.ones_like(part, dtype=torch.bool), torch.arange(stop, device=ids.device)[None])
+            gaps.append(_difference(self._forward(progress, window), usual[:, stop - block : stop]))
+        return gaps, progress.counters.calls
 
     def require_engaged(self) -> None:
         """Raise `NotEngagedError` with the reason if reuse was asked for and never happened."""
@@ -348,6 +439,7 @@ class BlockLM(nn.Module):
             "cache": self.cached,
             "reuse": None if self.reuse is None else self.reuse.values(),
             "interface": self._interface,
+            "no_graphs": self.no_graphs,
             "approximate": [*self.doubts, *(["attention to finished blocks is reused"] if lossy else [])],
         }
 

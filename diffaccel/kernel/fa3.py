@@ -40,9 +40,28 @@ def partial(
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None) -> Partial:
-    from fa3_fwd_interface import flash_attn_func
+    from fa3_fwd_interface import fa3_fwd_cuda
 
     if log_weight is not None:
         return by_weight(_dense, q, k, v, scale, log_weight)
-    out, lse = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # the operator itself: flash_attn_func wraps it for training and compiling, which takes the host longer than `attend`
+    out, lse, *_ = fa3_fwd_cuda.fwd(q, k, v, softmax_scale=scale, num_splits=1)
+    return Partial(out, lse.transpose(1, 2))
+
+
+def over_cache(
+    q: Tensor, k: Tensor, v: Tensor, used: Tensor, *, scale: float, new: tuple[Tensor, Tensor] | None = None
+) -> Partial:
+    """Partial attention (B, S, H, D) to the first `used` (int32, (B,)) keys of buffers (B, N, G, D), H a multiple of G.
+
+    How many there are is read on the GPU, so that a CUDA graph holds while they grow. `new` keys and values (B, M, G, D)
+    are written behind them, and read as well.
+    """
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    more = {} if new is None else {"k": new[0], "v": new[1]}
+    out, lse, *_ = flash_attn_with_kvcache(
+        q, k, v, **more, cache_seqlens=used, softmax_scale=scale, return_softmax_lse=True
+    )
     return Partial(out, lse.transpose(1, 2))
