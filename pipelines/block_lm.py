@@ -274,7 +274,7 @@ class BlockLM(nn.Module):
         start = length - block
         pending, chosen = start - kept, self._resolve()
         for layer in cache.layers:
-            layer.reserve(length)  # type: ignore[attr-defined]
+            layer.reserve(length)
         fixed, drop = progress.fixed, self.reuse is not None and self.reuse.dirty == "drop"
         if fixed is None or not fixed.fits(cache, batch, weights=pending > 0):
             heads = self.lm.config.get_text_config().num_attention_heads

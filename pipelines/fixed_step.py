@@ -134,7 +134,7 @@ class FixedSteps:
         logits = self._steps[kind](tokens, positions)
         if pending:
             for layer in self.cache.layers:
-                layer.length = past + pending  # type: ignore[attr-defined]
+                layer.length = past + pending
         return logits
 
     def _prepare(
