@@ -75,6 +75,21 @@ def test_kernel_is_attention(name, device, dtype, kind, shape):
     assert_within(found.lse, lse, torch.float32)
 
 
+@pytest.mark.parametrize(("name", "device"), CASES)
+@pytest.mark.parametrize("layout", [(0, 2, 3, 1), (0, 3, 2, 1), (2, 1, 0, 3)], ids=str)
+def test_tensors_may_be_laid_out_in_any_order(name, device, layout):
+    if device == "cuda":
+        skip_if_unusable(name, device, torch.bfloat16, 64)
+    q, k, v = (
+        x.permute(layout).contiguous().permute([layout.index(axis) for axis in range(4)])
+        for x in tensors((2, 33, 49, 2, 64), torch.bfloat16, device)
+    )
+    out, lse = attention64(q, k, v, scale=0.3)
+    found = KERNELS[name].partial(q, k, v, scale=0.3)
+    assert_within(found.out, out, torch.bfloat16, inputs=float(v.abs().max()))
+    assert_within(found.lse, lse, torch.float32)
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_no_keys_is_nothing(name):
     q, k, v = tensors((2, 5, 0, 2, 16), torch.float32)
@@ -108,18 +123,25 @@ def test_merge_needs_the_natural_logarithm():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+@pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 7, 3, 24), (1, 21, 2, 128)], ids=str)
-def test_the_fused_merge_equals_the_written_out_one(device, dtype, count, shape):
+def test_the_fused_merge_equals_the_written_out_one(device, dtype, count, shape, first):
+    """However the partials are laid out, and whichever comes first."""
     from diffaccel.kernel.fused_merge import merged
 
     batch, queries, heads, dim = shape
     parts = []
     for number in range(count):
-        out = torch.randn(batch, heads, queries, dim).to(device, dtype).transpose(1, 2)  # strided, as kernels return it
-        lse = 5 * torch.randn(batch, heads, queries, device=device).transpose(1, 2)
+        out, lse = torch.randn(batch, queries, heads, dim).to(device, dtype), 5 * torch.randn(shape[:3], device=device)
+        if (number + first) % 3 != 1:
+            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # by head, as most kernels write it
+        if (number + first) % 3 == 2:  # part of something larger, in no common order
+            out = torch.nn.functional.pad(out, (0, 8)).transpose(1, 2).contiguous().transpose(1, 2)[..., :dim]
+            lse = torch.nn.functional.pad(lse.transpose(1, 2), (0, 5))[..., :queries].transpose(1, 2)
         empty = torch.rand(lse.shape, device=device) < (0.3 if number else 0.6)
         empty[:, 0] = True  # the first query has no key anywhere
-        parts.append(Partial(out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)))
+        out[empty], lse[empty] = 0, -torch.inf
+        parts.append(Partial(out, lse))
     exact = merge_eager([Partial(part.out.double(), part.lse.double()) for part in parts])
     out, lse = merged([part.out for part in parts], [part.lse for part in parts])
     assert out.dtype == dtype

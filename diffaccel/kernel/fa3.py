@@ -44,8 +44,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | N
 
     if log_weight is not None:
         return by_weight(_dense, q, k, v, scale, log_weight)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    # the operator itself: flash_attn_func wraps it for training and compiling, which takes the host longer than `attend`
+    # the operator itself: what flash_attn_func adds for training and compiling takes the host longer than `attend`
     out, lse, *_ = fa3_fwd_cuda.fwd(q, k, v, softmax_scale=scale, num_splits=1)
     return Partial(out, lse.transpose(1, 2))
 
@@ -55,8 +54,8 @@ def over_cache(
 ) -> Partial:
     """Partial attention (B, S, H, D) to the first `used` (int32, (B,)) keys of buffers (B, N, G, D), H a multiple of G.
 
-    How many there are is read on the GPU, so that a CUDA graph holds while they grow. `new` keys and values (B, M, G, D)
-    are written behind them, and read as well.
+    How many there are is read on the GPU, so that a CUDA graph holds while they grow. `new` keys and values, both
+    (B, M, G, D), are written behind them, and read as well.
     """
     from fa3_fwd_interface import flash_attn_with_kvcache
 

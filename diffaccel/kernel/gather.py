@@ -17,6 +17,8 @@ def planned(
     """`dense` under a plan. The plan's groups are walked on the host: one dense call a distinct set of keys."""
     if k.shape[1] == 0:
         return nothing(q)
+    # channels that do not lie side by side: some kernels refuse them, PyTorch's on the CPU reads others
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if plan is None:
         return dense(q, k, v, scale, log_weight)
     if plan.keep.shape[0] == 1:  # every query reads the same keys: nothing to scatter

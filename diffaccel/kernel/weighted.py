@@ -39,7 +39,7 @@ CHANNELS = 8  # the parts, filled up with zeros to the multiple that kernels wan
 def over_entries(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, plan: Plan | None) -> Partial:
     """`kernel` over `entries`, (B, S, H, D) queries."""
     # a bias costs the CPU's flash attention nothing to speak of; what the rest is held to takes no detour
-    if plan is not None or not q.is_cuda or kernel is reference:
+    if entries.multiplicity is None or plan is not None or not q.is_cuda or kernel is reference:
         return kernel.partial(q, entries.k, entries.v, scale=scale, log_weight=entries.log_weight(), plan=plan)
     return grouped(kernel, q, entries, scale)
 
