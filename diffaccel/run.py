@@ -505,7 +505,12 @@ class Call:
 
     def of_heads(self, heads: Sequence[int]) -> Reader:
         """`read` for some heads (B, S, heads, D) of all."""
-        return lambda q, entries: self.read(q[:, :, (at := index(heads, q.device))], entries.of_heads(at))
+
+        def read(q: Tensor, entries: Entries) -> Partial:
+            at = index(heads, q.device)
+            return self.read(q[:, :, at], entries.of_heads(at))
+
+        return read
 
     def read_whole(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over all of `entries`."""

@@ -140,7 +140,23 @@ def test_two_computations_are_followed_damped_and_no_further_than_they_lie_apart
             torch.testing.assert_close(got, b + 0.5 * step * (b - a), atol=1e-6, rtol=1e-5)
     assert not history.holds((1, 2, "all"))
     history.replace((1, 2, "all"), first, 0.5, True)  # of another cache: what was before is not
-    assert history.before is None
+    assert history.moved is None
+
+
+@pytest.mark.parametrize("heads", [None, (0,), (0, 1)], ids=str)
+def test_a_query_that_had_or_has_no_key_is_not_extrapolated(heads):
+    first, second = (Partial(x.out, x.lse.clone()) for x in partials(2))
+    first.lse[:, 0], second.lse[:, 1] = -torch.inf, -torch.inf
+    history, expected = History(), second.lse.clone()
+    history.replace((1, 1, "all"), Partial(*(x.clone() for x in first)), 1.0, True)
+    if heads is None:
+        history.replace((1, 1, "all"), second, 0.8, True)
+    else:
+        history.update(heads, Partial(*(x[:, :, heads] for x in second)), 0.8, True)
+        expected[:, :, len(heads) :] = first.lse[:, :, len(heads) :]
+    found = history.recall(0.7, 1.0)
+    assert torch.equal(found.lse[:, :2], expected[:, :2])
+    assert not found.out.isnan().any()
 
 
 def test_heads_are_followed_each_from_its_own_computations():

@@ -16,6 +16,7 @@ from test_tempcache import DIM, HEADS, T, fill, read
 from diffaccel import AnnSA, Grid, Site, TempCache
 from diffaccel.ann import Faiss, inverse, order
 from diffaccel.cache import Entries, Memory
+from diffaccel.cache.tiers import ExactTier
 from diffaccel.kernel import KERNELS, merge
 from diffaccel.kernel.block_sparse import BlockLists, gathered, written_out
 from diffaccel.kernel.weighted import grouped, over_entries
@@ -272,6 +273,38 @@ def test_annsa_reads_the_block_at_work_whole(groups, policy, past, frames, token
             memory.finish_block(tokens)
     for tier in (memory.block(), memory.past_and_block()[-1]):  # the latter is read where there is no past
         assert policy.plan(k, tier.entries, site) is None
+
+
+# -- the exact tier ----------------------------------------------------------------------------------------------------
+
+
+@examples(max_examples=50)
+@given(SEEDS, st.integers(0, 30), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(0, 12))))
+def test_the_exact_tier_is_what_was_placed_last_and_not_dropped(seed, room, blocks):
+    """Blocks of `size` tokens, placed `steps` times, after each of which `gone` tokens of the past are dropped."""
+    torch.manual_seed(seed)
+    tier, past = ExactTier(room), torch.empty(1, 0, 2, 4)
+    frames = torch.empty(0, dtype=torch.int64)
+    for number, (size, steps, gone) in enumerate(blocks):
+        at = torch.full((size,), number)
+        for _ in range(steps):
+            k = torch.randn(1, size, 2, 4)
+            tier.place(k, -k, at)
+            both = torch.cat([past, k], 1)
+            for found, expected in ((tier.past(), past), (tier.block(), k), (tier.past_and_block(), both)):
+                assert torch.equal(found.entries.k, expected)
+                assert torch.equal(found.entries.v, -expected)
+            assert torch.equal(tier.past_and_block().entries.frames, torch.cat([frames, at]))
+            held = {found.entries.k.untyped_storage().data_ptr() for found in (tier.past(), tier.past_and_block())}
+            assert len(held) == 1  # one buffer, and none that it outgrew
+        tier.keep_placed()
+        start = min(gone, tier.count) // 2
+        end = min(gone, tier.count)
+        tier.drop(start, end)
+        past = torch.cat([both[:, :start], both[:, end:]], 1)
+        frames = torch.cat([frames, at])
+        frames = torch.cat([frames[:start], frames[end:]])
+        assert torch.equal(tier.past().entries.k, past)
 
 
 # -- TempCache ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Policies move entries between tiers when a block is finished; moving to nothing is eviction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +84,7 @@ class ExactTier:
         self._k = self._v = torch.empty(0)
         self._frames = torch.empty(0, dtype=torch.int64)
         self._count = self._placed = 0
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # of the buffers, of this block
         self._notes: dict[Any, Any] = {}  # of the past, as long as it stays as it is
         self.lasting = Lasting()
 
@@ -100,26 +101,27 @@ class ExactTier:
         end = self._count + k.shape[1]
         if self._frames.shape[0] < end:
             self._grow(k, end)
-        self._k[:, self._count : end], self._v[:, self._count : end] = k, v
-        self._frames[self._count : end] = frames
+        for held, given in zip(self._view(self._count, end), (k, v, frames), strict=True):
+            held.copy_(given)
         self._placed = end
 
     def keep_placed(self) -> None:
         """The block at work is finished: it becomes part of the past."""
         self._count, self._notes = self._placed, {}
+        self._views.clear()
 
     def past(self) -> Fixed:
-        return Fixed(replace(self._view(0, self._count), notes=self._notes, lasting=self.lasting))
+        return Fixed(Entries(*self._view(0, self._count), notes=self._notes, lasting=self.lasting))
 
     def block(self) -> Fixed:
-        return Fixed(replace(self._view(self._count, self._placed), at_work=True))
+        return Fixed(Entries(*self._view(self._count, self._placed), at_work=True))
 
     def past_and_block(self) -> Fixed:
-        return Fixed(replace(self._view(0, self._placed), at_work=True))
+        return Fixed(Entries(*self._view(0, self._placed), at_work=True))
 
     def oldest(self, tokens: int) -> Entries:
         """A view of the oldest `tokens` entries."""
-        return self._view(0, tokens)
+        return Entries(*self._view(0, tokens))
 
     def drop(self, start: int, end: int) -> None:
         """Remove the entries `start` to `end`; later ones move down."""
@@ -131,8 +133,11 @@ class ExactTier:
         self._notes = {}
         self.lasting.version += 1
 
-    def _view(self, start: int, end: int) -> Entries:
-        return Entries(self._k[:, start:end], self._v[:, start:end], self._frames[start:end])
+    def _view(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and frames; made once a block, as every step asks for the same."""
+        if (start, end) not in self._views:
+            self._views[start, end] = self._k[:, start:end], self._v[:, start:end], self._frames[start:end]
+        return self._views[start, end]
 
     def _grow(self, like: Tensor, needed: int) -> None:
         room = max(needed, self._expected, 2 * self._frames.shape[0])
@@ -142,3 +147,4 @@ class ExactTier:
             k[:, : self._count], v[:, : self._count] = self._k[:, : self._count], self._v[:, : self._count]
             frames[: self._count] = self._frames[: self._count]
         self._k, self._v, self._frames = k, v, frames
+        self._views.clear()

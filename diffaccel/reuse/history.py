@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,23 +16,25 @@ Key = tuple[int, int, str]
 
 @dataclass
 class History:
-    """The last partial of every head and, to extrapolate from, the one before it.
+    """The last partial of every head and, to extrapolate, how far it lies from the one before.
 
     Outputs are held in the activations' dtype and log-sum-exps in fp32: rounding those would weigh the outside wrong.
     """
 
     key: Key | None = None
     last: Partial | None = None
-    before: Partial | None = None
+    moved: Partial | None = None
     noise: list[tuple[float, float | None]] = field(default_factory=list)  # of each head's last and the one before
 
     def holds(self, key: Key) -> bool:
         return self.last is not None and self.key == key
 
     def replace(self, key: Key, partial: Partial, noise: float, twice: bool) -> None:
-        """All heads were computed. `twice`: keep what was there as the one before."""
-        earlier = self.noise if twice and self.holds(key) else [(noise, None)] * partial.out.shape[2]
-        self.before = self.last if twice and self.holds(key) else None
+        """All heads were computed. `twice`: keep how far they moved."""
+        if twice and self.last is not None and self.key == key:
+            self.moved, earlier = _moved(self.last, partial), self.noise
+        else:
+            self.moved, earlier = None, [(noise, None)] * partial.out.shape[2]
         self.noise = [(noise, None if at == noise else at) for at, _ in earlier]
         self.key, self.last = key, partial
 
@@ -40,10 +43,11 @@ class History:
         assert self.last is not None
         at = index(heads, fresh.out.device)
         if twice:
-            if self.before is None:
-                self.before = Partial(*(x.clone() for x in self.last))
-            for old, new in zip(self.before, self.last, strict=True):
-                old[:, :, at] = new[:, :, at]
+            if self.moved is None:
+                self.moved = Partial(*(torch.zeros_like(x) for x in self.last))
+            found = _moved(Partial(*(x[:, :, at] for x in self.last)), fresh)
+            for old, new in zip(self.moved, found, strict=True):
+                old[:, :, at] = new
         for old, new in zip(self.last, fresh, strict=True):
             old[:, :, at] = new
         for head in heads:
@@ -55,20 +59,32 @@ class History:
         Never further ahead than the two lie apart: over long gaps it does more harm than good.
         """
         assert self.last is not None
-        ahead = [0.0 if past is None else (noise - at) / (at - past) for at, past in self.noise]
-        weights = [1 + damping * min(max(step, 0.0), 1.0) for step in ahead]
-        if self.before is None or all(weight == 1 for weight in weights):
+        if self.moved is None:
             return self.last
-        weight = sent(torch.tensor(weights, dtype=torch.float32), self.last.lse.device)
-        lse = torch.lerp(self.before.lse, self.last.lse, weight)
-        out = torch.lerp(self.before.out, self.last.out, weight[:, None].to(self.last.out.dtype))
-        nothing = self.last.lse.isneginf() | self.before.lse.isneginf()
-        return Partial(out, torch.where(nothing, self.last.lse, lse))
+        ahead = {(at, past): 0.0 if past is None else (noise - at) / (at - past) for at, past in set(self.noise)}
+        weights = {pair: damping * min(max(step, 0.0), 1.0) for pair, step in ahead.items()}
+        if len(weights) == 1:
+            (weight,) = weights.values()
+            return Partial(*(torch.add(x, by, alpha=weight) for x, by in zip(self.last, self.moved, strict=True)))
+        each = _on(tuple(weights[pair] for pair in self.noise), self.last.lse.device)
+        out = torch.addcmul(self.last.out, self.moved.out, each[:, None].to(self.last.out.dtype))
+        return Partial(out, torch.addcmul(self.last.lse, self.moved.lse, each))
 
     @property
     def bytes(self) -> int:
-        held = [x for partial in (self.last, self.before) if partial is not None for x in partial]
+        held = [x for partial in (self.last, self.moved) if partial is not None for x in partial]
         return sum(x.numel() * x.element_size() for x in held)
+
+
+def _moved(before: Partial, now: Partial) -> Partial:
+    """How far a partial moved; a log-sum-exp over no keys, before or now, not at all."""
+    return Partial(now.out - before.out, (now.lse - before.lse).nan_to_num_(0.0, 0.0, 0.0))
+
+
+@lru_cache(maxsize=1024)
+def _on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device; those of a step come back in every layer and block."""
+    return sent(torch.tensor(numbers, dtype=torch.float32), device)
 
 
 def without(whole: Partial, part: Partial) -> Partial:
@@ -87,6 +103,11 @@ def without(whole: Partial, part: Partial) -> Partial:
 def index(heads: Sequence[int], device: torch.device) -> slice | Tensor:
     """Heads as an index: a slice, which copies nothing, where they are neighbours."""
     first, last = heads[0], heads[-1]
-    if list(heads) == list(range(first, last + 1)):
+    if last - first == len(heads) - 1:  # they ascend
         return slice(first, last + 1)
+    return _indices(tuple(heads), device)
+
+
+@lru_cache(maxsize=1024)
+def _indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
     return sent(torch.tensor(heads), device)
