@@ -35,7 +35,7 @@ def policy(path, computed, **knobs):
     """FlashBlock that computes these heads at every step from 1 on: `computed` (steps, heads), True or False."""
     computed = np.array(computed, bool)
     cos = np.where(computed, -1.0, 1.0)[:, None, None].repeat(len(computed), 1)  # (step, gap, layer, head)
-    profile(len(computed), cos=cos, lse=np.zeros_like(cos)).save(path)
+    profile(*cos.shape[1:], cos=cos, lse=np.zeros_like(cos)).save(path)
     return FlashBlock(profile=str(path), min_past=0, **knobs)
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from matrix import MATRIX
 from oracle import assert_within, attention64
+from test_flashblock import GRID, go
+from test_flashblock_heads import policy
 from test_policies import generate, ids
 from tiny import tiny_pipeline
 
-from diffaccel import Accel, FlashBlock, PadCollapse, TempCache
+from diffaccel import Accel, FlashBlock, PadCollapse, Run, TempCache
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.weighted import grouped, launches, over_entries
@@ -125,6 +127,35 @@ def test_grouping_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.out, compiled.out)
+
+
+@pytest.mark.parametrize("extrapolate", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["all heads", "some heads"])
+def test_a_block_that_reuses_holds_in_a_cuda_graph(kind, extrapolate, tmp_path):
+    """Nothing in it waits for the device, and a replay computes what the calls do."""
+    if kind == "all heads":
+        reuse = FlashBlock(refresh=2, min_past=0, extrapolate=extrapolate)
+    else:
+        computed = [[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+        reuse = policy(tmp_path / "fb.json", computed, extrapolate=extrapolate)
+    run = Run(Accel(reuse=reuse), causal=True)
+    run.begin(frames=6)
+    first, *steps = ([torch.randn(1, GRID.tokens, 4, 64, device="cuda").bfloat16() for _ in range(3)] for _ in range(5))
+    go(run, 4, 0, *first, phase="clean")
+
+    def block():
+        run._histories.clear()
+        return [go(run, step, 1, *x) for step, x in enumerate(steps)]
+
+    expected, graph = block(), torch.cuda.CUDAGraph()
+    assert run.slots["reuse"].skipped == 2
+    with torch.cuda.graph(graph):
+        found = block()
+    for x in found:
+        x.fill_(torch.nan)
+    graph.replay()
+    for got, exact in zip(found, expected, strict=True):
+        assert torch.equal(got, exact)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, while it compiles
