@@ -302,7 +302,8 @@ class _RoomyLayer(DynamicLayer):
             self.keys, self.values = self._grown(self.keys, size), self._grown(self.values, size)
 
     def _grown(self, tensor: Tensor, size: int) -> Tensor:
-        room = tensor.new_empty(*tensor.shape[:2], size, tensor.shape[3])
+        # Zeros: a kernel that reads the length on the GPU multiplies what lies behind it by 0, and 0 * nan is nan.
+        room = tensor.new_zeros(*tensor.shape[:2], size, tensor.shape[3])
         room[:, :, : self.length] = tensor[:, :, : self.length]
         return room
 
