@@ -278,10 +278,10 @@ class BlockLM(nn.Module):
         fixed, drop = progress.fixed, self.reuse is not None and self.reuse.dirty == "drop"
         if fixed is None or not fixed.fits(cache, batch, weights=pending > 0):
             heads = self.lm.config.get_text_config().num_attention_heads
-            fixed = progress.fixed = FixedSteps(self.lm, cache, batch, block, heads, drop=drop, kernel=chosen)
+            fixed = progress.fixed = FixedSteps(self.lm, cache, batch, block, heads, chosen)
         captured = fixed.captured
         try:
-            logits = fixed(window[0][:, kept:], window[2][:, kept:], kept, answer, dirty)
+            logits = fixed(window[0][:, kept:], window[2][:, kept:], kept, answer, dirty, drop)
         except UnsupportedError as error:
             progress.fixed = None
             self._refuse_graphs(str(error))

@@ -93,10 +93,8 @@ class FixedSteps:
         UnsupportedError: from a step, if the model cannot be captured; nothing has happened then.
     """
 
-    def __init__(
-        self, lm: Any, cache: BlockCache, batch: int, block: int, heads: int, *, drop: bool, kernel: ModuleType
-    ) -> None:
-        self.lm, self.cache, self.block, self.drop, self.kernel = lm, cache, block, drop, kernel
+    def __init__(self, lm: Any, cache: BlockCache, batch: int, block: int, heads: int, kernel: ModuleType) -> None:
+        self.lm, self.cache, self.block, self.kernel = lm, cache, block, kernel
         self.captured = 0
         buffer: Any = cache.layers[0].keys
         self._buffer, self._weights, self._shape = buffer, _places(lm), (batch, block)
@@ -110,7 +108,7 @@ class FixedSteps:
             Partial(buffer.new_zeros(*sizes, buffer.shape[3]), torch.zeros(sizes, device=device)) for _ in cache.layers
         ]
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._steps: dict[tuple[int, Answer], Callable[[Tensor, Tensor], Tensor]] = {}
+        self._steps: dict[tuple[int, Answer, bool], Callable[[Tensor, Tensor], Tensor]] = {}
 
     def fits(self, cache: BlockCache, batch: int, *, weights: bool) -> bool:
         """Whether buffers and, where asked for, weights are still where they were."""
@@ -118,7 +116,7 @@ class FixedSteps:
         return same and (not weights or _places(self.lm) == self._weights)
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, past: int, answer: Answer, dirty: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, past: int, answer: Answer, dirty: Tensor | None, drop: bool
     ) -> Tensor:
         """Logits (B, S, V) of the block at work, the last S of `tokens` (B, pending + S), behind `past` cached ones."""
         pending = tokens.shape[1] - self.block
@@ -128,9 +126,9 @@ class FixedSteps:
             self._dirty.zero_()
         else:
             self._dirty.copy_(dirty)
-        kind = (pending, answer)
+        kind = (pending, answer, drop or dirty is None)
         if kind not in self._steps:
-            self._steps[kind] = self._prepare(tokens.clone(), positions.clone(), pending, answer)
+            self._steps[kind] = self._prepare(tokens.clone(), positions.clone(), *kind)
         logits = self._steps[kind](tokens, positions)
         if pending:
             for layer in self.cache.layers:
@@ -138,10 +136,10 @@ class FixedSteps:
         return logits
 
     def _prepare(
-        self, tokens: Tensor, positions: Tensor, pending: int, answer: Answer
+        self, tokens: Tensor, positions: Tensor, pending: int, answer: Answer, drop: bool
     ) -> Callable[[Tensor, Tensor], Tensor]:
         now = FixedPass(
-            self.kernel, self.cache, self.stored, self._past, self._place, self._dirty, pending, answer, self.drop
+            self.kernel, self.cache, self.stored, self._past, self._place, self._dirty, pending, answer, drop
         )
 
         def forward() -> Tensor:
