@@ -108,7 +108,8 @@ class Bench:
             still[:, -self.block - 1] ^= 1
             self.model(still)  # of a block before that is what it was
             found.append(self.model(still).logits.float())
-        allowed = 3e-2 if self.model.dtype == torch.bfloat16 else 1e-4
+        three = self.ids[:1, -3 * self.block :]
+        allowed = 4 * self.model._noise(three, self.model._uncached(three))  # random layers amplify rounding
         for (reuse, replayed), logits in zip(ways[1:], found[1:], strict=True):
             error = float((logits - found[0]).square().mean().sqrt() / found[0].square().mean().sqrt())
             if not error <= allowed:
