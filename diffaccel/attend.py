@@ -28,7 +28,7 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         return merge([tier.partial(q, reader) for tier in tiers if tier.count])
 
     if site.part == "cross":
-        result = read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)])
+        result = run.crossed(site, lambda: read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)]))
     elif (text := site.text) is not None:  # only video chooses, and only among video: text is read by all and reads all
         (q, q_text), (k, k_text), (v, v_text) = map(text.split, (q_BSHD, k_BNHD, v_BNHD))
         tiers = [run.whole(k, v, site), text.tier(k_text, v_text)]

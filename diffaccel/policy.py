@@ -1,7 +1,7 @@
 """What a technique is: a frozen dataclass whose fields are its knobs, answering the one question of its slot."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cache import Entries, Extent, Lasting, Memory, Tier
     from .grid import Grid
     from .kernel import Partial
+    from .kernel.boxes import Boxes
     from .plan import Plan
     from .run import Run
     from .selection.blocks import Chosen
@@ -92,6 +93,7 @@ class CachePolicy(Policy):
 
     slot = "cache"
     needs_blocks = True
+    keeps_frames_whole: ClassVar[bool] = False  # what is kept are whole latent frames, in their order
 
     @property
     def needs_queries(self) -> bool:
@@ -130,6 +132,19 @@ class ReusePolicy(Policy):
         """Read past and block in one call, compute the past apart and store its partial, or reuse what is stored; a
         tuple: compute these heads and reuse the others."""
 
+    def cross(self, site: "Site", run: "Run", compute: "Callable[[], Partial]") -> "Partial":
+        """Attention to the prompt: computed, or what was kept of it."""
+        return compute()
+
+    def looks_first(self, site: "Site", run: "Run") -> bool:
+        """Whether the forward at `site` (of no layer yet) comes after one that reads the whole field, of which nothing
+        is used but what `cross` kept. Asked once a forward."""
+        return False
+
+    def bytes_held(self, run: "Run") -> int:
+        """What it keeps on the device beside stored partials."""
+        return 0
+
     def saw(self, site: "Site", outside: "Partial", inside: "Partial") -> None:
         """Look at the two parts of a call that computed or reused them apart."""
 
@@ -153,11 +168,16 @@ class Selector(Policy):
     """Slots window (by position) and selection (by content): what may a query read?"""
 
     @abstractmethod
-    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | None":
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | None":
         """Which of `entries` the queries (B, S, H, D) read; None for all of them.
 
-        A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys.
+        A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys, what
+        lies near on the grid of tokens as boxes.
         """
+
+    def scale(self, site: "Site") -> float:
+        """A factor on the logits of a self-attention."""
+        return 1.0
 
     def see_prompt(self, q: Tensor, prompt: "Entries", site: "Site", lasting: "Lasting") -> None:
         """Look at a cross-attention of queries (B, S, H, D); `lasting` is of what that layer's self-attention reads."""

@@ -21,6 +21,7 @@ from .errors import NotEngagedError
 from .grid import Grid
 from .joint import Text
 from .kernel import Partial, merge
+from .kernel.boxes import Boxes, over_boxes
 from .kernel.weighted import over_entries
 from .observe import Observer
 from .plan import Plan
@@ -85,6 +86,7 @@ class Run:
         self._idle: dict[str, str] = {}
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
+        self._looking = False
 
     # -- told by a pipeline that generates block by block ---------------------------------------------------------
 
@@ -160,23 +162,43 @@ class Run:
         """
         if self._began is None:
             self._began = time.perf_counter()
+        looking = self._looking
         if self._told:
-            self._where = replace(self._where, grid=grid, text=text)
+            self._where = replace(self._where, grid=grid, text=text, full_field=looking)
             self.longest_past = max(self.longest_past, self._where.start / grid.frames)
         else:
             if step is None or steps is None:
                 step, steps = _progress(getattr(self.pipe, "scheduler", None))
-            self._where = replace(_NOWHERE, grid=grid, text=text, branch=branch or "main", step=step, steps=steps)
+            where = replace(_NOWHERE, grid=grid, text=text, full_field=looking)
+            self._where = replace(where, branch=branch or "main", step=step, steps=steps)
             self.steps, self.blocks = max(self.steps, steps), max(self.blocks, 1)
         self._sites.clear()
         self._chosen_bytes[self._where.branch] = 0
         self._tokens_per_frame = grid.tokens_per_frame
 
+    def looks_first(self) -> bool:
+        """Whether the forward that was entered waits for one over the whole field; asked once a forward."""
+        reuse = self.accel.reuse
+        return not self._looking and reuse is not None and reuse.looks_first(self._where, self)
+
+    @contextmanager
+    def full_field(self) -> Iterator[None]:
+        """The forward inside reads the whole field, and finishes no block."""
+        self._looking = True
+        try:
+            yield
+        finally:
+            self._looking = False
+
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         self._tick()
+        if self._looking:
+            return
         self._note_bytes("selection", sum(self._chosen_bytes.values()))
-        self._note_bytes("reuse", sum(history.bytes for history in self._histories.values()))
+        if self.accel.reuse is not None:
+            stored = sum(history.bytes for history in self._histories.values())
+            self._note_bytes("reuse", stored + self.accel.reuse.bytes_held(self))
         if not (self.causal and self._told and self._where.phase == "clean"):
             return
         branch = self._where.branch
@@ -249,6 +271,10 @@ class Run:
         for selector in self._selectors:
             selector.see_prompt(q, prompt, site, self._lasting_of(site))
         return Fixed(prompt) if policy is None else policy.near(q, prompt, site, self)
+
+    def crossed(self, site: Site, compute: Callable[[], Partial]) -> Partial:
+        """Attention to the prompt, computed or kept."""
+        return compute() if self.accel.reuse is None else self.accel.reuse.cross(site, self, compute)
 
     def whole(self, k: Tensor, v: Tensor, site: Site) -> Fixed:
         """The keys of a video that is made at once; from step to step they are others."""
@@ -486,6 +512,9 @@ class Call:
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""
         kernel, scale = self.run.kernel_for(q), q.shape[-1] ** -0.5
+        if self.site.part == "self":
+            for selector in self.run._selectors:
+                scale *= selector.scale(self.site)
         plan: Plan | None = None
         for selector in self.run._selectors if entries.frames is not None else ():  # the prompt has none
             found = selector.plan(q, entries, self.site)
@@ -493,6 +522,9 @@ class Call:
                 continue
             self.run.fired(selector.slot)
             self.chose = True
+            if isinstance(found, Boxes):
+                self._count(q, found.keys_read)
+                return over_boxes(kernel, q, entries, scale, found)
             if isinstance(found, Chosen):
                 self._count(q, found.keys_read)
                 self.run._chosen_bytes[self.site.branch] += found.bytes

@@ -21,7 +21,8 @@ class Site:
     counts chunks of the video and `start` is the latent frame its first token belongs to; a bidirectional model has
     one block that starts at 0. `branch` keeps the passes of classifier-free guidance apart ("cond", "uncond").
     `noise` is the noise level of the block's latents, from 1, noise alone, to 0. `text` says where, in a self-attention
-    joint with it, the text lies; `grid` is of the video's tokens alone.
+    joint with it, the text lies; `grid` is of the video's tokens alone. `full_field`: a forward that no window holds
+    for, run to steer the one that follows.
     """
 
     layer: int
@@ -35,3 +36,4 @@ class Site:
     grid: Grid
     text: "Text | None" = None
     noise: float = 0.0
+    full_field: bool = False

@@ -7,8 +7,10 @@ from .policy import Policy
 from .prompt.annca import AnnCA
 from .prompt.pad_collapse import PadCollapse
 from .reuse.flashblock import FlashBlock
+from .reuse.full_field_guide import FullFieldGuide
 from .selection.annsa import AnnSA
 from .window.frame_window import FrameWindow
+from .window.inward_window import InwardWindow
 
 TECHNIQUES: tuple[type[Policy], ...] = (
     TempCache,
@@ -18,6 +20,8 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     AnnSA,
     FlashBlock,
     FrameWindow,
+    InwardWindow,
+    FullFieldGuide,
     AnnCA,
     PadCollapse,
 )
@@ -27,7 +31,9 @@ __all__ = [
     "AnnSA",
     "FlashBlock",
     "FrameWindow",
+    "FullFieldGuide",
     "HostCache",
+    "InwardWindow",
     "PadCollapse",
     "RollingRebased",
     "SinkRecent",

@@ -8,7 +8,9 @@ from diffaccel import (
     AnnSA,
     FlashBlock,
     FrameWindow,
+    FullFieldGuide,
     HostCache,
+    InwardWindow,
     PadCollapse,
     RollingRebased,
     SinkRecent,
@@ -73,6 +75,15 @@ MATRIX = [
         bits=False,
     ),
     Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),
+    Row(Accel(window=InwardWindow(size=None)), Accel(window=InwardWindow((1, 2)))),
+    Row(
+        Accel(window=InwardWindow(size=None), reuse=FullFieldGuide(every=1)),
+        Accel(window=InwardWindow((2, 2), tile=(2, 2), frames=4), reuse=FullFieldGuide(every=2, hold="int8")),
+    ),
+    Row(
+        Accel(window=InwardWindow(size=None), reuse=FlashBlock(refresh=1)),
+        Accel(window=InwardWindow((1, 2)), reuse=FlashBlock(refresh=2)),
+    ),
     Row(Accel(prompt=PadCollapse()), None, bits=False),
     Row(Accel(prompt=AnnCA(bits=0)), Accel(prompt=AnnCA(bits=12, tables=1)), bits=False),
     Row(

@@ -31,6 +31,7 @@ class HostCache(CachePolicy):
     paper: ClassVar[str] = "FlexGen, arXiv 2303.06865"
     summary: ClassVar[str] = "keeps every token, those of older frames in host memory: lossless, saves GPU memory"
     exact: ClassVar[dict[str, Any]] = {}
+    keeps_frames_whole: ClassVar[bool] = True
 
     recent_frames: int | None = knob(None, "newest latent frames that stay on the device; None: the newest block")
     piece_frames: int = knob(16, "latent frames that are brought back at once, >= 1")

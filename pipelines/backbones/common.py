@@ -51,8 +51,18 @@ class RootHook(ModelHook):
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        sizes = given["hidden_states"].shape[2:]
-        context = self.contexts._context
+        self._enter(given)
+        if self.run.looks_first():
+            with self.run.full_field():
+                module(*args, **kwargs)
+            self._enter(given)
+        prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
+        if len(args) > 2:
+            return (*args[:2], prompt, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": prompt}
+
+    def _enter(self, given: dict[str, Any]) -> None:
+        sizes, context = given["hidden_states"].shape[2:], self.contexts._context
         self.run.enter(
             Grid(*(size // side for size, side in zip(sizes, self.patch, strict=True))),
             branch=context.name if context else self._branch(given["encoder_hidden_states"]),
@@ -60,10 +70,6 @@ class RootHook(ModelHook):
             steps=context.num_inference_steps if context else None,
             text=self.text(given),
         )
-        prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
-        if len(args) > 2:
-            return (*args[:2], prompt, *args[3:]), kwargs
-        return args, {**kwargs, "encoder_hidden_states": prompt}
 
     def _branch(self, prompt: Tensor) -> str:
         """A name for the forwards that get this very tensor: a pipeline keeps one for each branch of guidance."""
