@@ -28,23 +28,23 @@ def attend(q_BSHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, site: Site, run: Run)
         return merge([tier.partial(q, reader) for tier in tiers if tier.count])
 
     if site.part == "cross":
-        result = run.crossed(site, lambda: read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)]))
+        out = run.crossed(site, lambda: read([run.prompt(q_BSHD, k_BNHD, v_BNHD, site)]).out)
     elif (text := site.text) is not None:  # only video chooses, and only among video: text is read by all and reads all
         (q, q_text), (k, k_text), (v, v_text) = map(text.split, (q_BSHD, k_BNHD, v_BNHD))
         tiers = [run.whole(k, v, site), text.tier(k_text, v_text)]
-        result = Partial(*map(text.join, read(tiers, q), read(tiers, q_text, call.read_all)))
+        out = text.join(read(tiers, q).out, read(tiers, q_text, call.read_all).out)
     elif not run.causal:
-        result = read([run.whole(k_BNHD, v_BNHD, site)])
+        out = read([run.whole(k_BNHD, v_BNHD, site)]).out
     else:
         memory = run.memory(site)
         memory.place(k_BNHD, v_BNHD, site, q_BSHD)
         answer = run.reuse_answer(site, memory)
         if answer == "together":
-            result = read(memory.past_and_block())
+            out = read(memory.past_and_block()).out
         else:
             inside = read([memory.block()])
             outside = run.outside(answer, site, memory, call, lambda reader: read(memory.past(), reader=reader))
             run.saw(site, outside, inside)
-            result = merge([outside, inside])
+            out = merge([outside, inside]).out
     run.close(call, keys=k_BNHD.shape[1])
-    return result.out
+    return out

@@ -132,8 +132,8 @@ class ReusePolicy(Policy):
         """Read past and block in one call, compute the past apart and store its partial, or reuse what is stored; a
         tuple: compute these heads and reuse the others."""
 
-    def cross(self, site: "Site", run: "Run", compute: "Callable[[], Partial]") -> "Partial":
-        """Attention to the prompt: computed, or what was kept of it."""
+    def cross(self, site: "Site", run: "Run", compute: Callable[[], Tensor]) -> Tensor:
+        """Attention to the prompt, (B, S, H, D): computed, or what was kept of it."""
         return compute()
 
     def looks_first(self, site: "Site", run: "Run") -> bool:

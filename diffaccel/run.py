@@ -272,7 +272,7 @@ class Run:
             selector.see_prompt(q, prompt, site, self._lasting_of(site))
         return Fixed(prompt) if policy is None else policy.near(q, prompt, site, self)
 
-    def crossed(self, site: Site, compute: Callable[[], Partial]) -> Partial:
+    def crossed(self, site: Site, compute: Callable[[], Tensor]) -> Tensor:
         """Attention to the prompt, computed or kept."""
         return compute() if self.accel.reuse is None else self.accel.reuse.cross(site, self, compute)
 

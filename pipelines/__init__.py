@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .canvas_lm import CanvasLM
     from .causal_wan import CausalWanPipeline
     from .checkpoints import CheckpointError, load_self_forcing
+    from .free_swim import FreeSwimPipeline
     from .inputs import block_ranges
     from .streaming import StreamingDecoder
 
@@ -21,6 +22,7 @@ _HOME = {
     "CanvasLM": "canvas_lm",
     "CausalWanPipeline": "causal_wan",
     "block_ranges": "inputs",
+    "FreeSwimPipeline": "free_swim",
     "StreamingDecoder": "streaming",
     "CheckpointError": "checkpoints",
     "load_self_forcing": "checkpoints",
@@ -31,6 +33,7 @@ __all__ = [
     "CanvasLM",
     "CausalWanPipeline",
     "CheckpointError",
+    "FreeSwimPipeline",
     "StreamingDecoder",
     "block_ranges",
     "load_self_forcing",

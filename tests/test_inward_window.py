@@ -29,7 +29,7 @@ from diffaccel.cache.entries import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.boxes import over_boxes
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
-from diffaccel.policy import Selector, knob
+from diffaccel.policy import Selector
 from diffaccel.rotary import rotate
 from diffaccel.site import Site
 from diffaccel.window.inward_window import spans
@@ -395,7 +395,7 @@ class Masked(Selector):
 
     slot: ClassVar[str] = "window"
     exact: ClassVar[dict[str, Any]] = {"window": None}
-    window: Any = knob(None, "")
+    window: Any = None
 
     def plan(self, q, entries, site):
         return Plan(mask_of(self.window, site.grid, site.grid), q.shape[1], entries.count, 1, 1)

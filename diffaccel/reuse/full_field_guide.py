@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..kernel.merge import Partial
 from ..policy import Answer, ReusePolicy, knob
 from ..site import Site
 
@@ -73,7 +72,7 @@ class FullFieldGuide(ReusePolicy):
         state["at"] = (*place, count)
         return count % self.every == 0
 
-    def cross(self, site: Site, run: "Run", compute: Callable[[], Partial]) -> Partial:
+    def cross(self, site: Site, run: "Run", compute: Callable[[], Tensor]) -> Tensor:
         """Attention to the prompt, from the last pass over the whole field."""
         if not self._steers(site):
             return compute()
@@ -96,33 +95,29 @@ class FullFieldGuide(ReusePolicy):
 
 
 class _Held:
-    """What one layer's cross-attention found, held one way or another."""
+    """What one layer's cross-attention found, (B, S, H, D), held one way or another."""
 
-    def __init__(self, found: Partial, hold: str) -> None:
-        self.hold, self.like, self.lse = hold, found.out, found.lse
+    def __init__(self, found: Tensor, hold: str) -> None:
+        self.hold, self.dtype, self.device = hold, found.dtype, found.device
         self.kept: list[Tensor] = []
         self.put(found)
 
-    def put(self, found: Partial) -> None:
-        self.like, self.lse = found.out[:0], found.lse
+    def put(self, found: Tensor) -> None:
         if self.hold == "device":
-            self.kept = [found.out]
+            self.kept = [found]
         elif self.hold == "int8":
-            wide = found.out.float()
+            wide = found.float()
             scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
             self.kept = [(wide / scale).round().to(torch.int8), scale]
         else:
             if not self.kept:
-                pinned = found.out.is_cuda
-                self.kept = [torch.empty(found.out.shape, dtype=found.out.dtype, pin_memory=pinned)]
-            self.kept[0].copy_(found.out, non_blocking=True)
+                self.kept = [torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)]
+            self.kept[0].copy_(found, non_blocking=True)
 
-    def get(self) -> Partial:
+    def get(self) -> Tensor:
         if self.hold == "int8":
-            out = (self.kept[0].float() * self.kept[1]).to(self.like.dtype)
-        else:
-            out = self.kept[0].to(self.like.device, non_blocking=True)
-        return Partial(out, self.lse)
+            return (self.kept[0].float() * self.kept[1]).to(self.dtype)
+        return self.kept[0].to(self.device, non_blocking=True)
 
     @property
     def bytes(self) -> int:
