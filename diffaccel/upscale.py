@@ -51,8 +51,7 @@ def estimate(
     passes = 0 if guide is None else -(-run // guide.every) * blocks
     ordinary = (run + causal) * branches * blocks  # the clean pass of a block, as well
     rows, columns = big.tokens(height, width)
-    window = big.accel.window.size
-    seen = min(rows, window[0]) * min(columns, window[1])
+    seen = min(rows, big.window[0]) * min(columns, big.window[1])
     past = frames / 2 if causal and blocks > 1 else 0.0  # on average
 
     def work(rows: int, columns: int, keys: int, past: float) -> float:

@@ -85,7 +85,8 @@ class FreeSwimPipeline:
         self._check_size(*native)
         rows, columns = (tokens // 2 * 2 + 1 for tokens in self.tokens(*native))
         tile = ((rows + 1) // 2, (columns + 1) // 2) if tile is None else tile
-        window = InwardWindow((rows, columns), tile, ratio=ratio)
+        self.window = rows, columns
+        window = InwardWindow(self.window, tile, ratio=ratio)
         guide = None if guide_every is None else FullFieldGuide(every=guide_every, hold=hold)
         self.accel: Any = replace(accel, window=window, reuse=guide)
 
@@ -113,7 +114,8 @@ class FreeSwimPipeline:
                 f"got {height} x {width}; generate that size with the pipeline itself"
             )
         rows, columns = self.tokens(height, width)
-        if (window := self.accel.window.size) and rows <= window[0] and columns <= window[1]:
+        window = self.window
+        if rows <= window[0] and columns <= window[1]:
             raise KnobError(
                 f"a frame of {rows} x {columns} tokens is no larger than the window of {window[0]} x {window[1]}, so "
                 "it would be read whole; take a larger frame, or generate it with the pipeline itself"
