@@ -4,8 +4,8 @@
     python scripts/upscale_quality.py --out OUT --prompts 1 --frames 9 --scales 2 --arms dense guided    # a minute
 
 The arms start from the same base video and the same noise. Repetition is the largest autocorrelation of a frame (less
-its median colour) at shifts of at least half the native frame, above that of the base video enlarged as pixels: 0 where
-nothing is repeated that was not before. Agreement is the PSNR of the result, reduced to the base video's size, with it.
+its median colour) at shifts of at least half the frame, above that of the base video enlarged as pixels: 0 where nothing
+is repeated that was not before. Agreement is the PSNR of the result, reduced to the base video's size, with it.
 Sharpness is the mean size of differences between neighbouring pixels, as a multiple of that of the base video enlarged.
 Lines go to OUT/upscale.jsonl as they come, a contact sheet to OUT/upscale.png.
 """
@@ -105,7 +105,7 @@ def measure(made: NDArray[Any], base: NDArray[Any]) -> dict[str, float]:
     small = np.stack(
         [cv2.resize(f, (base.shape[2], base.shape[1]), interpolation=cv2.INTER_AREA) for f in made.astype(np.float32)]
     )
-    least = base.shape[1] // 2
+    least = height // 2
     return {
         "repetition": repetition(made.astype(np.float64), least) - repetition(large, least),
         "agreement": float(np.mean(psnr(np.clip(small, 0, 1), base))),
