@@ -168,11 +168,11 @@ class Selector(Policy):
     """Slots window (by position) and selection (by content): what may a query read?"""
 
     @abstractmethod
-    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | None":
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | Entries | None":
         """Which of `entries` the queries (B, S, H, D) read; None for all of them.
 
         A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys, what
-        lies near on the grid of tokens as boxes.
+        lies near on the grid of tokens as boxes, what is read in place of all as other entries.
         """
 
     def scale(self, site: "Site") -> float:

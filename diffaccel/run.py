@@ -522,6 +522,9 @@ class Call:
                 continue
             self.run.fired(selector.slot)
             self.chose = True
+            if isinstance(found, Entries):
+                self._count(q, found.count)
+                return over_entries(kernel, q, found, scale, None)
             if isinstance(found, Boxes):
                 self._count(q, found.keys_read)
                 return over_boxes(kernel, q, entries, scale, found)

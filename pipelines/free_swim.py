@@ -49,7 +49,8 @@ class FreeSwimPipeline:
         tile: rows and columns of queries that share a window, (1, 1) as published; by default half of the window,
             rounded up, which is many times faster.
         guide_every: steps between passes over the whole field; None makes none, which is a plain local window.
-        ratio, hold: of `InwardWindow` and `FullFieldGuide`.
+        ratio, field_pool: of `InwardWindow`.
+        hold: of `FullFieldGuide`.
         accel: what else to run with, such as `Accel(prompt=PadCollapse())`; its window and reuse must be free.
 
     Raises:
@@ -65,6 +66,7 @@ class FreeSwimPipeline:
         tile: tuple[int, int] | None = None,
         guide_every: int | None = 2,
         ratio: float = 2.0,
+        field_pool: int = 1,
         hold: str = "device",
         accel: Accel | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class FreeSwimPipeline:
         rows, columns = (tokens // 2 * 2 + 1 for tokens in self.tokens(*native))
         tile = ((rows + 1) // 2, (columns + 1) // 2) if tile is None else tile
         self.window = rows, columns
-        window = InwardWindow(self.window, tile, ratio=ratio)
+        window = InwardWindow(self.window, tile, ratio=ratio, field_pool=field_pool)
         guide = None if guide_every is None else FullFieldGuide(every=guide_every, hold=hold)
         self.accel: Any = replace(accel, window=window, reuse=guide)
 

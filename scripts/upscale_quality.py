@@ -4,8 +4,8 @@
     python scripts/upscale_quality.py --out OUT --prompts 1 --frames 9 --scales 2 --arms dense guided    # a minute
 
 The arms start from the same base video and the same noise. Repetition is the largest autocorrelation of a frame (less
-its median colour) at shifts of at least half the frame, above that of the base video enlarged as pixels: 0 where nothing
-is repeated that was not before. Agreement is the PSNR of the result, reduced to the base video's size, with it.
+its median colour) at shifts of at least half the frame, above that of the base video enlarged as pixels: 0 where
+nothing is repeated that was not before. Agreement is the PSNR of the result, reduced to the base video's size, with it.
 Sharpness is the mean size of differences between neighbouring pixels, as a multiple of that of the base video enlarged.
 Lines go to OUT/upscale.jsonl as they come, a contact sheet to OUT/upscale.png.
 """
@@ -60,7 +60,7 @@ class PlainWindow(InwardWindow):
 
 
 def arms_of(window: InwardWindow) -> dict[str, Accel]:
-    """By how much of the method they have; the last three differ in how it is run."""
+    """By how much of the method they have; the last ones differ in how it is run."""
     one, half = replace(window, tile=(1, 1)), window
     guide = FullFieldGuide
     return {
@@ -70,6 +70,8 @@ def arms_of(window: InwardWindow) -> dict[str, Accel]:
         "guided every step": Accel(window=one, reuse=guide(every=1)),
         "guided": Accel(window=one, reuse=guide(every=2)),
         "guided, logits as they are": Accel(window=replace(one, ratio=1.0), reuse=guide(every=2)),
+        "guided by a field pooled 2 x 2": Accel(window=replace(one, field_pool=2), reuse=guide(every=2)),
+        "guided by a field pooled 3 x 3": Accel(window=replace(one, field_pool=3), reuse=guide(every=2)),
         "guided, tiles of half a window": Accel(window=half, reuse=guide(every=2)),
         "guided, tiles of a third": Accel(window=replace(half, tile=thirds(half)), reuse=guide(every=2)),
     }

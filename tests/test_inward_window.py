@@ -28,11 +28,12 @@ from diffaccel import (
 from diffaccel.cache.entries import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.boxes import over_boxes
+from diffaccel.kernel.weighted import over_entries
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
 from diffaccel.policy import Selector
 from diffaccel.rotary import rotate
 from diffaccel.site import Site
-from diffaccel.window.inward_window import spans
+from diffaccel.window.inward_window import pooled, spans
 
 SDPA, REFERENCE = KERNELS["sdpa"], KERNELS["reference"]
 
@@ -193,6 +194,7 @@ BAD = [
     ({"tile": (0, 1)}, "tile is rows and columns >= 1"),
     ({"frames": 0}, "frames is a number of latent frames >= 1, or None for all"),
     ({"ratio": 0.5}, "ratio is >= 1"),
+    ({"field_pool": 0}, "field_pool is a number of tokens >= 1"),
     ({"gather_mib": 0}, "gather_mib is a number of MiB >= 1"),
 ]
 
@@ -208,6 +210,33 @@ def test_what_does_not_go_with_a_window_is_refused():
         Accel(window=InwardWindow(), cache=TempCache())
     with pytest.raises(KnobError, match="needs all of them in one piece, and FlashBlock parts them"):
         Accel(window=InwardWindow(frames=3), reuse=FlashBlock())
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 4, 6), Grid(1, 5, 7), Grid(3, 1, 3)], ids=str)
+@pytest.mark.parametrize("side", [2, 3])
+def test_pooled_keys_stand_for_their_tokens(grid, side):
+    entries = entries_of(grid)
+    found = pooled(entries, grid, side)
+    assert sum(count * tokens for count, tokens in found.multiplicity) == grid.tokens
+    assert found.count == grid.frames * -(-grid.height // side) * -(-grid.width // side)
+    k = torch.cat([mean * tokens for mean, _, tokens in found.groups()], 1)
+    torch.testing.assert_close(k.sum(1), entries.k.sum(1), atol=1e-4, rtol=1e-4)
+    corner = entries.v.unflatten(1, (grid.frames, grid.height, grid.width))[:, 0, :side, :side].mean((1, 2))
+    assert any(torch.allclose(found.v[:, i], corner, atol=1e-6) for i in range(found.count))
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 4, 6), Grid(1, 5, 7)], ids=str)
+def test_where_neighbours_are_alike_pooling_changes_nothing(grid):
+    """Each key is that of its whole square."""
+    rows, columns = torch.arange(grid.height) // 2, torch.arange(grid.width) // 2
+    square = (rows[:, None] * 9 + columns).expand(grid.frames, -1, -1).flatten()
+    usual = entries_of(Grid(1, 1, 64))
+    entries = Entries(usual.k[:, square], usual.v[:, square], grid.frame_of_token())
+    q = queries_of(grid)
+    found = over_entries(SDPA, q, pooled(entries, grid, 2), 0.3, None)
+    exact, lse = attention64(q, entries.k, entries.v, scale=0.3)
+    assert_within(found.out, exact, torch.float32)
+    assert_within(found.lse, lse, torch.float32)
 
 
 # -- in pipelines ---------------------------------------------------------------------------------------------------
@@ -330,6 +359,21 @@ def test_every_step_without_a_window_is_dense(kind, guidance, branches):
     with Accel(window=InwardWindow((3, 3)), reuse=FullFieldGuide(every=2, branches=branches))(pipe):
         assert not torch.allclose(run(pipe, guidance=guidance), dense, atol=1e-3)
     assert torch.equal(run(pipe, guidance=guidance), dense)
+
+
+def test_a_pooled_field_reads_a_quarter_and_steers_much_the_same():
+    pipe, guide = wan(), FullFieldGuide(every=1)
+    found = {}
+    for pool in (1, 2):
+        with Accel(window=InwardWindow((3, 3), field_pool=pool), reuse=guide)(pipe) as accelerated_run:
+            found[pool] = run(pipe), accelerated_run.report().slots["window"]
+    with Accel(window=InwardWindow((3, 3)))(pipe):
+        alone = run(pipe)
+    steps, keys, window = 4, 48, 18
+    for pool, read in ((1, keys), (2, keys // 4)):
+        assert found[pool][1].keys_read == 2 * steps * (read + 2 * window)  # of 2 layers: the field, and both branches
+    away = [float((latents - found[1][0]).square().mean()) for latents in (found[2][0], alone)]
+    assert 0 < away[0] < away[1]
 
 
 @pytest.mark.parametrize("hold", ["int8", "host"])
