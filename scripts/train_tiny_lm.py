@@ -4,7 +4,8 @@
     python scripts/train_tiny_lm.py all --config cpu --out runs/toy --to runs/toy/tiny-lm
 
 Single stages: `train`, then `export`, with the same --out. `--config cpu` learns a toy version of one task on two CPU
-cores. Settings: scripts/tiny_lm/configs; documents are drawn by rule as training goes (scripts/tiny_lm/tasks.py).
+cores; `--config finish` goes on there from what `full` left in --out. Settings: scripts/tiny_lm/configs; documents are
+drawn by rule as training goes (scripts/tiny_lm/tasks.py).
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("train", "export", "all"))
     parser.add_argument("--out", type=Path, required=True, help="folder of weights, optimisers and metrics.jsonl")
     parser.add_argument("--to", type=Path, help="folder of the exported model")
-    parser.add_argument("--config", default="full", help="full, cpu, or the path of a .json file")
+    parser.add_argument("--config", default="full", help="full, finish, cpu, or the path of a .json file")
     parser.add_argument("--minutes", type=float, help="budget of the training; the rate falls over its last part")
     parser.add_argument("--steps", type=int, help="stop after so many steps, whatever the budget")
     parser.add_argument("--lr", type=float, help="peak learning rate of the matrices")

@@ -1,5 +1,7 @@
 """The bundled language model: documents and their solver, what is held out, the training mask, the trainer, scores."""
 
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +27,9 @@ from tiny_lm.model import build_model, build_tokenizer, load_config  # noqa: E40
 from tiny_lm.tasks import (  # noqa: E402
     EOS,
     MASK,
+    PAD,
     TASKS,
     VOCABULARY,
-    Documents,
     Draw,
     draw_training,
     held_out,
@@ -104,7 +106,8 @@ def test_held_out_documents_are_those_training_gives_no_weight(toy):
     left_out = 0
     source = draw()
     for _ in range(30):
-        ids, answer = draw_batch(replace(toy, tasks=TASKS, tokens=4800), 48, source)
+        ids, answer, padding = draw_batch(replace(toy, tasks=TASKS, tokens=4800), 48, source)
+        ids = ids[:, padding:]
         left_out += int(is_held_out(ids).sum())
         assert torch.equal(answer.any(1), ~is_held_out(ids))
     assert left_out > 0
@@ -144,6 +147,17 @@ def test_a_block_knows_nothing_of_later_blocks_nor_of_other_noisy_ones(model):
     assert float((window_logits(model, other, changed, 8)[:, 8:16] - logits[:, 8:16]).abs().max()) > 1e-6
 
 
+@torch.no_grad()
+def test_a_document_behind_padding_is_the_document_alone(model):
+    ids = make("recall", 2, 48, 8, 4, draw()).ids
+    noisy = ids[:, -32:].clone()
+    noisy[:, 8:16] = MASK
+    padded = torch.nn.functional.pad(ids, (16, 0), value=PAD)
+    alone = window_logits(model, noisy, ids, 8)
+    torch.testing.assert_close(window_logits(model, noisy, padded, 8, padding=16), alone, rtol=1e-4, atol=1e-5)
+    assert float((window_logits(model, noisy, padded, 8) - alone).abs().max()) > 1e-4
+
+
 def test_only_answers_are_masked_few_at_most_while_told_so():
     answer = torch.zeros(256, 32, dtype=torch.bool)
     answer[:, 5:29] = True
@@ -157,18 +171,18 @@ def test_only_answers_are_masked_few_at_most_while_told_so():
 
 def test_a_step_lowers_the_loss(toy, tmp_path):
     training = Training(replace(toy, tasks=TASKS, lr=1e-2, adam_lr=1e-2), tmp_path, CPU, 0)
-    ids, answer = draw_batch(training.config, 48, training.draw)
+    ids, answer, padding = draw_batch(training.config, 48, training.draw)
 
     def loss():
         masked = draw_masked(answer, 8, torch.Generator().manual_seed(1))
         clean = ids[:, -32:]
         with torch.no_grad():
-            logits = window_logits(training.model, clean.masked_fill(masked, MASK), ids, 8)
+            logits = window_logits(training.model, clean.masked_fill(masked, MASK), ids, 8, padding=padding)
         return float((cross_entropy(logits, clean) * masked).sum() / masked.sum())
 
     before = loss()
     training.step = 100  # past the warm-up
-    training.update_on(ids, answer, 8)
+    training.update_on(ids, answer, 8, padding)
     assert loss() < before
 
 
@@ -237,27 +251,38 @@ def test_a_run_resumes_exports_and_is_scored(toy, tmp_path):
     folder = tmp_path / "tiny-lm"
     export(toy, tmp_path, folder, CPU, rows=3)
     assert "| recall | 0.000 |" in (folder / "README.md").read_text()
+    usual = json.loads((folder / "generation.json").read_text())
+    assert re.fullmatch(usual["prompt_pattern"], usual["prompt_example"])
+    assert f'diffaccel text "{usual["prompt_example"]}"' in (folder / "README.md").read_text()
     import score_tiny_lm
-    from transformers import AutoTokenizer
 
-    model, bare = score_tiny_lm.load_model(folder, 8, CPU)
-    pipe = score_tiny_lm.LLaDA2Pipeline(
-        model, score_tiny_lm.BlockRefinementScheduler(), AutoTokenizer.from_pretrained(folder)
-    )
-    pipe.set_progress_bar_config(disable=True)
-    # What the pipeline writes block by block is what all blocks at once give, as long as the past is the same.
+    bare, tokenizer, usual = score_tiny_lm.load_model(folder)
+    setting = score_tiny_lm.Setting(usual, 8, 0.9, batch=2)
     drawn = held_out("recall", 2, 48, 7, 0)
-    written, _ = score_tiny_lm.generate(pipe, drawn, 8, 0.9, 2)
-    known = Documents("walk", drawn.ids.clone(), drawn.start, drawn.stop)
+    model = score_tiny_lm.BlockLM(bare, 8)
+    written = score_tiny_lm.generate(model, tokenizer, drawn, setting)
+    dense = score_tiny_lm.BlockLM(bare, 8, cache=False)
+    assert score_tiny_lm.generate(dense, tokenizer, drawn, setting).texts == written.texts
+    # What the pipeline writes block by block is what all blocks at once give, as long as the past is the same.
     first = 8 - drawn.start % 8
-    answers, _ = denoise(bare, known, 8, 0.9)
-    for (prompt, text), row, ids in zip(written, answers, drawn.ids, strict=True):
-        assert prompt == to_text(ids[: drawn.start])
-        expected = [VOCABULARY[i] for i in row[:first].tolist()]
-        assert (
-            text.split()[: len(expected)]
-            == [word for word in expected if not word.startswith("<")][: len(text.split())]
-        )
+    answers, _ = denoise(bare, drawn, 8, 0.9)
+    for text, row in zip(written.texts, answers, strict=True):
+        expected = [word for i in row[:first].tolist() if not (word := VOCABULARY[i]).startswith("<")]
+        assert text.split()[: len(expected)] == expected[: len(text.split())]
+    scores = score_tiny_lm.score_task(model, tokenizer, "recall", setting, 3, 48)
+    assert (scores["documents"], scores["external_share"]) == (3, 1)
+    assert 1 <= scores["steps_per_block"] <= 8
+
+
+def test_right_is_what_the_rules_say_of_the_document():
+    import score_tiny_lm
+
+    documents = held_out("recall", 2, 48, 8, 0)
+    answers = [to_text(ids[documents.start : documents.stop]) for ids in documents.ids]
+    words = answers[1].split()
+    half = " ".join([*words[: len(words) // 2], *["and"] * (len(words) - len(words) // 2)])
+    assert score_tiny_lm.right(documents, [answers[0], half]) == ([1, 0], [1, 0.5])
+    assert score_tiny_lm.right(documents, [f"{answers[0]} #00", ""]) == ([0, 0], [1, 0])
 
 
 def test_a_damaged_checkpoint_is_named(toy, tmp_path):

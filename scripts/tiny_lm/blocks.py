@@ -54,10 +54,22 @@ def draw_masked(answer: torch.Tensor, block: int, generator: torch.Generator, mo
 
 
 def window_logits(
-    model: LlamaForCausalLM, noisy: torch.Tensor, ids: torch.Tensor, block: int, dtype: torch.dtype | None = None
+    model: LlamaForCausalLM,
+    noisy: torch.Tensor,
+    ids: torch.Tensor,
+    block: int,
+    dtype: torch.dtype | None = None,
+    padding: int = 0,
 ) -> torch.Tensor:
-    """Logits (rows, window, vocabulary) at the noisy window (rows, window) of documents `ids` (rows, length)."""
+    """Logits (rows, window, vocabulary) at the noisy window (rows, window) of documents `ids` (rows, length).
+
+    Nothing sees the first `padding` tokens, whole blocks, but these themselves.
+    """
     mask, positions = layout(ids.shape[1], noisy.shape[1], block, ids.device)
+    if padding:
+        real = torch.arange(mask.shape[-1], device=ids.device) - noisy.shape[1]
+        real = (real < 0) | (real >= padding)
+        mask = mask & (real[None] | ~real[:, None])
     with torch.autocast(ids.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         hidden = model.model(
             input_ids=torch.cat([noisy, ids], 1), attention_mask=mask, position_ids=positions, use_cache=False

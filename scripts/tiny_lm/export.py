@@ -8,14 +8,16 @@ import torch
 from tiny_world.checkpoint import TrainingError, record
 
 from .model import Config, build_model, build_tokenizer
-from .tasks import SHARE, TASKS, held_out, to_text
+from .tasks import FRAME, SHARE, SIZE, held_out, to_text
 from .train import ANSWERS, EARLY, KEPT, WEIGHTS, final_scores, load_weights
 
 CARD = """# tiny-lm
 
 A block-diffusion language model small enough to ship in a repository ({size:.1f} MiB) and to run on two CPU cores. It
-answers five kinds of questions about tables, and every answer can be checked; the tables lie further back than a block,
+answers {kinds} of questions about tables, and every answer can be checked; the tables lie further back than a block,
 so an attention technique that loses something of the past shows it as lost accuracy. It is no general language model.
+
+    diffaccel text "{example}"
 
 | part | class | |
 |---|---|---|
@@ -23,20 +25,16 @@ so an attention technique that loses something of the past shows it as lost accu
 | tokenizer | word level, {vocabulary} entries; one token a word | `<mask>`, `<bos>`, `<eos>`, `<pad>` |
 
 Block length {block}; trained at {blocks}. A block attends to itself in both directions and to all blocks before it: the
-caller gives that mask (`score_tiny_lm.py` shows how), a causal mask gives nonsense. Logits at a token predict that
-token. Licence: Apache-2.0; nothing but text drawn by this repository's own rules went into it.
+caller gives that mask, as `BlockLM` does (`pipelines/block_lm.py`); a causal mask gives nonsense. Logits at a token
+predict that token. Licence: Apache-2.0; nothing but text drawn by this repository's own rules went into it.
 
 ## Tasks
 
-`<bos> task table | filler from A to Z =`, then the answer and `<eos>`:
+A prompt is `{form}`, which the tokenizer puts a `<bos>` before; the answer and `<eos>` follow:
 
 {examples}
 
-* recall: labels and names, shuffled; list those from one label to another in order.
-* walk: links of one cycle of names and labels by turns, shuffled; follow them from one word to another.
-* edit: a labelled list, then commands that set an entry or swap two; list a part of the result.
-* sum: labelled terms, shuffled; running sums modulo 10 in the order of the labels.
-* close: names that open, some of which `)` closes at once; close those still open, from the inside out.
+{tasks}
 
 ## Training
 
@@ -45,9 +43,10 @@ token. Licence: Apache-2.0; nothing but text drawn by this repository's own rule
 {date}, torch {torch}.
 
 The sequence is [noisy end | clean document] under a block-causal mask, as in BD3-LM, {lengths} tokens long before the
-noisy copy of its last {window}. In each block of the answer a random share of the tokens is masked, or (half of the
-time) all from a random token on; the loss is the unweighted cross-entropy at masked tokens, every block weighing the
-same. In the first {early:.0%} of the run documents are short and at most half of a block is masked: a token is looked
+noisy copy of its last {window}; half of the batches hold shorter documents, so that where an answer ends is not told by
+the place. In each block of the answer a random share of the tokens is masked, or (half of the time) all from a random
+token on; the loss is the unweighted cross-entropy at masked tokens, every block weighing the same. In the first
+{early:.0%} of the run documents have at most {shortest} tokens and at most half of a block is masked: a token is looked
 up by the one before it, and that is learned while it can be seen. Attention starts out copying what it finds and
 finding equal tokens, the first layer looking a few tokens back (`model.py`): on a CPU a small copy learned `recall` in
 a minute with this and not in five without. Matrices are trained with Muon (peak rate {lr}), everything else with AdamW
@@ -69,9 +68,31 @@ generating; `scripts/score_tiny_lm.py` generates through diffusers' `LLaDA2Pipel
 
 ## Limits
 
-* Only these five forms, and tables of at most {longest} tokens with their answers.
+* Only this form of prompt, in words of the tokenizer, and at most {longest} tokens with the answer.
 * What follows an answer is `<eos>` only; documents do not follow one another.
 """
+
+ABOUT = {
+    "recall": "labels and names, shuffled; list those from one label to another in order.",
+    "walk": "links of one cycle of names and labels by turns, shuffled; follow them from one word to another.",
+    "edit": "a labelled list, then commands that set an entry or swap two; list a part of the result.",
+    "sum": "labelled terms, shuffled; running sums modulo 10 in the order of the labels.",
+    "close": "names that open, some of which `)` closes at once; close those still open, from the inside out.",
+}
+FORM = "task table | filler from A to Z ="
+PATTERN = r"({tasks}) .+ \| (.+ )?from \S+ to \S+ ="
+
+
+def prompts(config: Config) -> dict[str, str]:
+    """What prompts look like, for `generation.json`: a form to show, a pattern to check, and one to try."""
+    task = "sum" if "sum" in config.tasks else config.tasks[0]
+    documents = held_out(task, 1, int(4 * SIZE[task]) + 6 + FRAME + 1, 6, 0, 4)
+    example = to_text(documents.ids[0, 1 : documents.start])
+    return {
+        "prompt_form": FORM,
+        "prompt_pattern": PATTERN.format(tasks="|".join(config.tasks)),
+        "prompt_example": example,
+    }
 
 
 def export(
@@ -94,6 +115,8 @@ def export(
         "temperature": 0.0,
         "max_tokens": config.longest + config.block,
         "max_length": max(config.lengths),
+        "tasks": config.tasks,
+        **prompts(config),
     }
     (folder / "generation.json").write_text(json.dumps(usual, indent=2) + "\n")
     rows = rows or (255 if device.type == "cuda" else 48)
@@ -113,6 +136,10 @@ def export(
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 2**20
     card = CARD.format(
         size=size,
+        kinds=("one kind", "two kinds", "three kinds", "four kinds", "five kinds")[len(config.tasks) - 1],
+        example=usual["prompt_example"],
+        form=FORM,
+        tasks="\n".join(f"* {task}: {ABOUT[task]}" for task in config.tasks),
         layers=config.layers,
         heads=config.heads,
         head=config.hidden // config.heads,
@@ -129,6 +156,7 @@ def export(
         date=datetime.now(UTC).date(),
         torch=torch.__version__,
         lengths=" or ".join(map(str, config.lengths)),
+        shortest=min(config.lengths),
         window=config.window,
         early=EARLY,
         lr=config.lr,
@@ -141,7 +169,5 @@ def export(
         kept=KEPT,
         scores=table,
     )
-    if config.tasks != TASKS:
-        card += f"\nThis copy was trained on {', '.join(config.tasks)} only.\n"
     (folder / "README.md").write_text(card)
     print(f"exported to {folder}: {size:.1f} MiB\n{table}", flush=True)

@@ -220,10 +220,10 @@ def draw_training(task: str, rows: int, length: int, longest: int, draw: Draw) -
     Half of the time the table is at least half of what fits; else small ones are as likely as large ones, because
     looking a word up is learned from few entries first.
     """
-    answer, ends = draw.one(8, longest), draw.one(1, max(1, longest // 6))
+    answer, ends = draw.one(8, longest), draw.one(1, max(1, min(16, length // 6)))
     most = most_entries(task, length, answer, ends)
     small = draw.sizes.random() < 0.5
-    entries = round(3 * (most / 3) ** draw.sizes.random()) if small else draw.one(most // 2, most)
+    entries = round(3 * (most / 3) ** draw.sizes.random()) if small else draw.one(max(2, most // 2), most)
     return make(task, rows, length, answer, entries, draw, ends)
 
 

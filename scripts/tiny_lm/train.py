@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tiny_world.checkpoint import TrainingError, record
 from tiny_world.muon import Muon
 from transformers import LlamaForCausalLM
@@ -23,7 +24,7 @@ from .blocks import (
     without_table,
 )
 from .model import Config, build_model
-from .tasks import MASK, Documents, Draw, draw_training, held_out, is_held_out
+from .tasks import MASK, PAD, Documents, Draw, draw_training, held_out, is_held_out
 
 WEIGHTS, OPTIMISERS = "weights.pt", "optimisers.pt"
 CHECK_SEED, FINAL_SEED = 1, 2
@@ -31,6 +32,8 @@ ANSWERS = (26, 48, 79)
 """Tokens of answer in the held-out documents, a third of them each."""
 KEPT = 64
 """Tokens of the prompt that the control keeps."""
+LEAST = 32
+"""Tokens of the shortest documents."""
 DECAY = 0.4
 """Part of a run in which the rate falls to zero."""
 EARLY, FEW = 0.25, 0.5
@@ -40,19 +43,24 @@ A token is looked up by the one before it; that is only learned while most of th
 """
 
 
-def draw_batch(config: Config, length: int, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents of all tasks (rows, length), and where their answers and <eos> are in the window (rows, window)."""
-    parts = [
-        draw_training(
-            task, max(1, config.tokens // (length + config.window) // len(config.tasks)), length, longest, draw
-        )
-        for task in config.tasks
-        for longest in [min(config.longest, length // 3)]
-    ]
+def draw_batch(config: Config, length: int, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Documents of all tasks (rows, length), where their answers and <eos> are in the window (rows, window), and the
+    padding in front.
+
+    Half of the batches hold shorter documents: were all equally long, the model would learn to stop by the place of a
+    token, and go on and on elsewhere. Compiled layers get one length all the same, others no more than the window.
+    """
+    unit = max(config.blocks)
+    short = draw.one(-(-LEAST // unit), length // unit) * unit if draw.one(0, 1) else length
+    length = length if config.compiled else max(short, config.window)
+    padding, longest = length - short, min(config.longest, short // 3)
+    rows = max(1, config.tokens // (length + config.window) // len(config.tasks))
+    parts = [draw_training(task, rows, short, longest, draw) for task in config.tasks]
     place = torch.arange(length - config.window, length, device=draw.device)
-    answer = torch.cat([(place >= part.start).expand(len(part.ids), -1) for part in parts])
+    answer = torch.cat([(place >= part.start + padding).expand(len(part.ids), -1) for part in parts])
     ids = torch.cat([part.ids for part in parts])
-    return ids, answer & ~is_held_out(ids)[:, None]
+    answer &= ~is_held_out(ids)[:, None]
+    return F.pad(ids, (padding, 0), value=PAD), answer, padding
 
 
 def check_documents(config: Config, rows: int, seed: int, device: torch.device) -> dict[str, list[Documents]]:
@@ -160,14 +168,16 @@ class Training:
 
     def update(self, length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step on fresh documents: the cross-entropy of the window's tokens, and their bins of `BINS`, else -1."""
-        ids, answer = draw_batch(self.config, length, self.draw)
-        return self.update_on(ids, answer, block)
+        ids, answer, padding = draw_batch(self.config, length, self.draw)
+        return self.update_on(ids, answer, block, padding)
 
-    def update_on(self, ids: torch.Tensor, answer: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update_on(
+        self, ids: torch.Tensor, answer: torch.Tensor, block: int, padding: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same on given documents."""
         clean = ids[:, -self.config.window :]
         masked = draw_masked(answer, block, self.draw.generator, FEW if self.early() else 1.0)
-        logits = window_logits(self.model, clean.masked_fill(masked, MASK), ids, block, self.dtype)
+        logits = window_logits(self.model, clean.masked_fill(masked, MASK), ids, block, self.dtype, padding)
         loss = cross_entropy(logits, clean)
         # Every block weighs the same, however many of its tokens are masked: where few are, they can be told.
         weight = masked / per_block(masked, block).clamp(min=1)
@@ -191,7 +201,7 @@ class Training:
             layer.forward = partial(forward, layer)
         try:
             for length in self.config.lengths:
-                ids, _ = draw_batch(self.config, length, self.draw)
+                ids, _, _ = draw_batch(self.config, length, self.draw)
                 clean = ids[:, -self.config.window :]
                 cross_entropy(
                     window_logits(self.model, clean, ids, self.config.block, self.dtype), clean
