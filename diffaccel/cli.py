@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .pipelines.loading import BUNDLED_MODELS
+from .pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL
 from .settings import UsageError, build_accel, describe_accel, describe_slots, describe_technique
 
 if TYPE_CHECKING:
@@ -215,7 +215,12 @@ def calibrate(
 @app.command()
 def text(
     prompt: Annotated[str, typer.Argument(help="what to go on from; quote it")],
-    model: Annotated[str | None, typer.Option(help="folder or hub name of a block-diffusion language model")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"folder or hub name of a block-diffusion language model  [default: the bundled {BUNDLED_TEXT_MODEL}]"
+        ),
+    ] = None,
     preset: Annotated[str, typer.Option(help="exact or fast")] = "exact",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="reuse.tau=3  kernel=sdpa")
@@ -238,7 +243,7 @@ def text(
         import transformers.utils.logging as transformers_logging
 
         from .report import write_json
-        from .text import build_reuse, compare, load, to_report, unread, write
+        from .text import build_reuse, check_prompt, compare, load, to_report, unread, write
 
         _require(bool(prompt.strip()), "the prompt is empty; say what the text should go on from")
         if report is not None:
@@ -254,6 +259,7 @@ def text(
             temperature=temperature,
             seed=seed,
         )
+        check_prompt(opened, prompt)
         for sentence in unread(opened, prompt, writer):
             _say(f"warning: {sentence}")
         comparison = compare(opened, prompt, writer, *how) if comparing else None

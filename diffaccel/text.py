@@ -2,11 +2,13 @@
 
 A model is a folder that transformers opens, with a mask token in its tokenizer. Its `generation.json` may say what to
 generate with where nothing is said: block_length, num_inference_steps (a block), threshold, temperature, max_tokens,
-and max_length, the most tokens of prompt and answer that it was trained for.
+and max_length, the most tokens of prompt and answer that it was trained for. A model that reads prompts of one form
+alone says so in prompt_form, prompt_pattern (a regular expression of the whole prompt) and prompt_example.
 """
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,11 +26,11 @@ from .suggest import choose
 if TYPE_CHECKING:
     from .pipelines.block_lm import BlockLM
 
-BUNDLED = "tiny-lm"
 PRESETS: dict[str, TokenCount | None] = {"exact": None, "fast": TokenCount(tau=2)}
 """Reuse between denoising steps, by the name of a preset; finished blocks are cached in both, which is exact."""
 
 _NUMBERS = ("block_length", "num_inference_steps", "threshold", "temperature", "max_tokens", "max_length")
+_TEXTS = ("prompt_form", "prompt_pattern", "prompt_example")
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,29 @@ def load(model: str | None, dtype: str | None = None, device: str | None = None)
     """The model of a folder or a hub name, else the bundled one, on its device. Raises `LoadError`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .pipelines.loading import LoadError, resolve_device, resolve_dtype
+    from .pipelines.loading import (
+        BUNDLED_MODELS,
+        BUNDLED_TEXT_MODEL,
+        LoadError,
+        bundled_text_model,
+        resolve_device,
+        resolve_dtype,
+    )
 
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    source = str(_bundled()) if model is None else model
+    named = model is None or (model == BUNDLED_TEXT_MODEL and not Path(model).is_dir())
+    source = str(bundled_text_model()) if named else str(model)
+    if source in BUNDLED_MODELS or (Path(source) / "model_index.json").is_file():
+        raise LoadError(
+            f"'{source}' is a video model, and this writes text; use diffaccel generate PROMPT --model {source}, or "
+            f"a language model (bundled: {BUNDLED_TEXT_MODEL})"
+        )
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise LoadError(f"there is no folder '{source}'; pass the folder of a block-diffusion language model")
+        raise LoadError(
+            f"there is no folder '{source}'; pass the folder of a block-diffusion language model, or the bundled one "
+            f"({BUNDLED_TEXT_MODEL})"
+        )
     usual = _usual(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -176,18 +194,6 @@ def load(model: str | None, dtype: str | None = None, device: str | None = None)
             "pass a block-diffusion language model"
         )
     return Model(lm.to(where).eval(), tokenizer, usual)
-
-
-def _bundled() -> Path:
-    from .pipelines.loading import LoadError
-
-    package = Path(__file__).resolve().parent
-    for place in (package / "samples" / BUNDLED, package.parent / "samples" / BUNDLED):
-        if (place / "config.json").is_file():
-            return place
-    raise LoadError(
-        "no language model is bundled in this build; pass --model with the folder of a block-diffusion language model"
-    )
 
 
 def _usual(folder: Path) -> dict[str, Any]:
@@ -205,13 +211,47 @@ def _usual(folder: Path) -> dict[str, Any]:
     for name in _NUMBERS:
         if name in content and (isinstance(content[name], bool) or not isinstance(content[name], (int, float))):
             raise LoadError(f"'{file}' must hold a number as {name!r}, got {content[name]!r}")
+    texts = [content[name] for name in _TEXTS if name in content]
+    if texts and (len(texts) < len(_TEXTS) or not all(isinstance(text, str) and text for text in texts)):
+        raise LoadError(f"'{file}' must hold a text for each of {', '.join(_TEXTS)}, or none of them")
+    try:
+        re.compile(content.get("prompt_pattern", ""))
+    except re.error as error:
+        raise LoadError(f"'{file}' must hold a regular expression as 'prompt_pattern' ({error}); correct it") from error
     return content
+
+
+def check_prompt(model: Model, prompt: str) -> None:
+    """Raise `UsageError` for a prompt that a model with a form of its own cannot mean anything by."""
+    usual = model.usual
+    if "prompt_pattern" not in usual:
+        return
+    unknown = _unknown_tokens(model)
+    known = {
+        word: not unknown & set(model.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in prompt.split()
+    }
+    strange = [f"'{word}'" for word in known if not known[word]]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        met = f"it does not know {', '.join(strange[:3])}{more}"
+    elif re.fullmatch(usual["prompt_pattern"], " ".join(prompt.split())) is None:
+        met = "this prompt has another"
+    else:
+        return
+    raise UsageError(
+        f"the model reads prompts of the form '{usual['prompt_form']}' in words of its own, and {met}; "
+        f'try "{usual["prompt_example"]}"'
+    )
+
+
+def _unknown_tokens(model: Model) -> set[int]:
+    return {model.tokenizer.unk_token_id, model.tokenizer.pad_token_id} - {None, model.tokenizer.eos_token_id}
 
 
 def unread(model: Model, prompt: str, writer: Writer) -> Iterator[str]:
     """What the model cannot do justice to, a sentence each."""
     ids = model.tokenizer(prompt)["input_ids"]
-    unknown = {model.tokenizer.unk_token_id, model.tokenizer.pad_token_id} - {None, model.tokenizer.eos_token_id}
+    unknown = _unknown_tokens(model)
     count = sum(token in unknown for token in ids)
     if count:
         yield f"{count} of the prompt's {len(ids)} tokens are not in the model's vocabulary"
@@ -224,8 +264,8 @@ def unread(model: Model, prompt: str, writer: Writer) -> Iterator[str]:
 
 
 def write(model: Model, prompt: str, writer: Writer, reuse: TokenCount | None = None, kernel: str = "auto") -> Text:
-    """The text that `LLaDA2Pipeline` makes of the prompt, finished blocks cached. Raises what `BlockLM` raises, but
-    says in `idle` that `reuse` did not engage."""
+    """The text that `LLaDA2Pipeline` makes of the prompt, finished blocks cached. Raises what `check_prompt` and
+    `BlockLM` raise, but says in `idle` that `reuse` did not engage."""
     from .pipelines.block_lm import BlockLM
 
     return _write(BlockLM(model.lm, writer.block_length, reuse=reuse, kernel=kernel), model, prompt, writer)
@@ -251,6 +291,7 @@ def compare(
 def _write(lm: "BlockLM", model: Model, prompt: str, writer: Writer) -> Text:
     from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
+    check_prompt(model, prompt)
     scheduler = BlockRefinementScheduler(block_length=writer.block_length)
     pipe = LLaDA2Pipeline(model=lm, scheduler=scheduler, tokenizer=model.tokenizer)
     pipe.set_progress_bar_config(disable=True)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 BUNDLED_MODELS = ("tiny-world", "tiny-world-few-step")
-"""The small models that come with the toolkit, opened by these names; the first where none is named."""
+"""The small video models that come with the toolkit, opened by these names; the first where none is named."""
+
+BUNDLED_TEXT_MODEL = "tiny-lm"
+"""The small language model that comes with it, for `diffaccel text`."""
 
 PIPELINES = ("causal", "stock")
 """Block by block with a cache, or the pipeline class of the checkpoint as diffusers has it."""
@@ -26,6 +29,7 @@ PIPELINES = ("causal", "stock")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
 
+_LANGUAGE_MODEL = ("config.json", "tokenizer_config.json")
 _CAUSAL = "CausalWanPipeline"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -42,20 +46,30 @@ class LoadError(DiffaccelError):
 
 
 def bundled_model(name: str = BUNDLED_MODELS[0]) -> Path:
-    """Folder of a bundled model: `samples/NAME` beside the package in a checkout, inside it in a wheel.
+    """Folder of a bundled video model: `samples/NAME` beside the package in a checkout, inside it in a wheel.
 
     Raises `LoadError` where neither is there, `KnobError` for a name that is none of `BUNDLED_MODELS`.
     """
     choose(name, BUNDLED_MODELS, "bundled model")
+    return _sample(name, "model_index.json", "a folder or hub name of a diffusers video pipeline")
+
+
+def bundled_text_model() -> Path:
+    """Folder of the bundled language model, found as `bundled_model` finds its own."""
+    return _sample(BUNDLED_TEXT_MODEL, "config.json", "the folder of a block-diffusion language model")
+
+
+def _sample(name: str, file: str, instead: str) -> Path:
+    """The folder of samples that has that file in it."""
     package = Path(diffaccel.__file__).resolve().parent
     places = (package / "samples" / name, package.parent / "samples" / name)
     for place in places:
-        if (place / "model_index.json").is_file():
+        if (place / file).is_file():
             return place
     looked = " nor ".join(f"'{place}'" for place in places)
     raise LoadError(
         f"the bundled model '{name}' is not part of this installation (neither {looked} holds it); "
-        "pass --model with a folder or hub name of a diffusers video pipeline"
+        f"pass --model with {instead}"
     )
 
 
@@ -68,6 +82,12 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
     """
     root = Path(folder)
     index_file = root / "model_index.json"
+    named = str(folder) == BUNDLED_TEXT_MODEL and not root.is_dir()
+    if named or (not index_file.is_file() and all((root / name).is_file() for name in _LANGUAGE_MODEL)):
+        raise LoadError(
+            f"'{root}' is a language model, and this makes videos; use diffaccel text \"PROMPT\" --model {root}, "
+            f"or a video model (bundled: {', '.join(BUNDLED_MODELS)})"
+        )
     if not root.is_dir():
         raise LoadError(
             f"there is no folder '{root}'; pass the folder of a diffusers checkpoint, a hub name 'owner/name', "

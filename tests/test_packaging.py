@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffaccel.pipelines.loading import BUNDLED_MODELS
+from diffaccel.pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -37,7 +37,7 @@ def packages_on_disk():
 
 
 def test_listed_packages_are_those_on_disk():
-    data = {"diffaccel.samples"}  # the bundled model travels in the wheel with the samples, which are no package
+    data = {"diffaccel.samples"}  # the bundled models travel in the wheel with the samples, which are no package
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk() | data
 
 
@@ -108,7 +108,7 @@ def test_every_public_name_exists():
 
 def test_the_wheel_is_told_of_every_bundled_model():
     data = PROJECT["tool"]["setuptools"]["package-data"]["diffaccel.samples"]
-    assert data == [f"{name}/**/*" for name in BUNDLED_MODELS]
+    assert data == [f"{name}/**/*" for name in (*BUNDLED_MODELS, BUNDLED_TEXT_MODEL)]
 
 
 @pytest.mark.slow
@@ -119,7 +119,6 @@ def test_the_wheel_has_one_top_level_name_and_the_bundled_models(tmp_path):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "scripts/")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    first, second = (source / "samples" / name for name in BUNDLED_MODELS)
     built = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True,
@@ -131,17 +130,19 @@ def test_the_wheel_has_one_top_level_name_and_the_bundled_models(tmp_path):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"diffaccel"}
     assert {"diffaccel/py.typed", "diffaccel/ann/flat.py", "diffaccel/pipelines/causal_wan.py"} <= set(names)
-    for folder in (first, second):
+    for model, file in {**dict.fromkeys(BUNDLED_MODELS, "model_index.json"), BUNDLED_TEXT_MODEL: "config.json"}.items():
+        folder = source / "samples" / model
         files = {f"diffaccel/{file.relative_to(source)}" for file in folder.rglob("*") if file.is_file()}
-        assert f"diffaccel/samples/{folder.name}/model_index.json" in files
-        assert files == {name for name in names if name.startswith(f"diffaccel/samples/{folder.name}/")}
+        assert f"diffaccel/samples/{model}/{file}" in files
+        assert files == {name for name in names if name.startswith(f"diffaccel/samples/{model}/")}
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     code = (
-        "from diffaccel.pipelines.loading import BUNDLED_MODELS, bundled_model, check_checkpoint\n"
-        "for name in BUNDLED_MODELS: check_checkpoint(bundled_model(name)); print(bundled_model(name))"
+        "from diffaccel.pipelines.loading import BUNDLED_MODELS, bundled_model, bundled_text_model, check_checkpoint\n"
+        "for name in BUNDLED_MODELS: check_checkpoint(bundled_model(name)); print(bundled_model(name))\n"
+        "print(bundled_text_model())"
     )
     found = python(code, cwd=installed)
-    places = [str(installed / "diffaccel" / "samples" / name) for name in BUNDLED_MODELS]
+    places = [str(installed / "diffaccel" / "samples" / name) for name in (*BUNDLED_MODELS, BUNDLED_TEXT_MODEL)]
     assert found.stdout.splitlines() == places, found.stdout + found.stderr
