@@ -7,7 +7,8 @@ One self-attention of Wan2.1-1.3B (12 heads of 128) over all frames at once, at 
 tokens) and 2176x3840 with 33 (9 x 136 x 240), windows of 31 x 53. Arms: dense with every kernel there is, the published
 execution (flex attention under a mask of single tokens in raster order), and boxes by tile. Useful TFLOP/s count the
 pairs that the window reads. Then a denoising step with guidance at the first size, random weights, two layers (the
-others are alike): dense, windows alone, and passes over the whole field at every P-th step. Results go to DIR/window.jsonl as they come.
+others are alike): dense, windows alone, and passes over the whole field at every P-th step. Results go to
+DIR/window.jsonl as they come.
 """
 
 import argparse
