@@ -451,5 +451,5 @@ def test_joint_text_reads_and_is_read_whole():
     found, report = accelerated(pipe, Accel(window=window))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert 0 < report.slots["window"].keys_read < report.slots["window"].keys_total
-    with pytest.raises(UnsupportedError, match="reads its prompt in self-attention"):
+    with pytest.raises(UnsupportedError, match="what steers is cross-attention"):
         accelerated(pipe, Accel(window=window, reuse=FullFieldGuide()))

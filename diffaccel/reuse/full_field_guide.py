@@ -55,7 +55,7 @@ class FullFieldGuide(ReusePolicy):
     def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
         if all("cross" in geometry.parts for geometry, _ in models):
             return None
-        return "it reads its prompt in self-attention, and what steers is cross-attention: leave the guide out"
+        return "what steers is cross-attention, which it has not or which stays as it is there: leave the guide out"
 
     def answer(self, site: Site) -> Answer:
         """Self-attention is computed."""

@@ -3,9 +3,11 @@
 from diffaccel.backbone import register
 
 from .hunyuan_video import HunyuanVideo
+from .ltx_video import LTXVideo
 from .wan import Wan
 
 register(Wan())
 register(HunyuanVideo())
+register(LTXVideo())
 
-__all__ = ["HunyuanVideo", "Wan"]
+__all__ = ["HunyuanVideo", "LTXVideo", "Wan"]

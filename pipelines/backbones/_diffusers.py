@@ -3,6 +3,7 @@
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
@@ -13,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import (
 __all__ = [
     "HookRegistry",
     "HunyuanVideoAttnProcessor2_0",
+    "LTXVideoAttnProcessor",
     "ModelHook",
     "StateManager",
     "WanAttention",

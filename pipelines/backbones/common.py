@@ -57,14 +57,19 @@ class RootHook(ModelHook):
                 module(*args, **kwargs)
             self._enter(given)
         prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
-        if len(args) > 2:
-            return (*args[:2], prompt, *args[3:]), kwargs
+        place = self.arguments.index("encoder_hidden_states")
+        if len(args) > place:
+            return (*args[:place], prompt, *args[place + 1 :]), kwargs
         return args, {**kwargs, "encoder_hidden_states": prompt}
 
+    def grid(self, given: dict[str, Any]) -> Grid:
+        """How the video's tokens lie."""
+        return Grid(*(size // side for size, side in zip(given["hidden_states"].shape[2:], self.patch, strict=True)))
+
     def _enter(self, given: dict[str, Any]) -> None:
-        sizes, context = given["hidden_states"].shape[2:], self.contexts._context
+        context = self.contexts._context
         self.run.enter(
-            Grid(*(size // side for size, side in zip(sizes, self.patch, strict=True))),
+            self.grid(given),
             branch=context.name if context else self._branch(given["encoder_hidden_states"]),
             step=context.step_index if context else None,
             steps=context.num_inference_steps if context else None,
