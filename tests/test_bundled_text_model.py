@@ -15,6 +15,8 @@ from diffaccel.text import compare, load, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from score_tiny_lm import Setting, score_task
+from text_quality import Arm, arms, table
 from tiny_lm.tasks import held_out, score, solve, to_text
 
 TASKS = ("recall", "edit", "sum")  # those it answers without a mistake
@@ -73,6 +75,25 @@ def test_reuse_is_reported_and_the_answer_still_right(model, dirty):
         assert written.report["external_reused"] > 0
         assert 0.4 < written.report["external_share"] < 0.7
         assert score(prompt, written.text) == 1
+
+
+def test_the_arms_of_the_study_differ_in_what_changed_tokens_read(model):
+    assert [(arm.rule, arm.tau) for arm in arms(("drop", "none"), (2, 9), 4)] == [
+        ("exact", 1),
+        ("drop", 2),
+        ("drop", 5),
+        ("none", 5),
+    ]
+    setting = Setting(model.usual, 8, 1.1, batch=1)
+    rows = []
+    for rule in ("drop", "recompute", "keep", "none"):
+        found = score_task(Arm(rule, 9).model(model.lm, 8), model.tokenizer, "sum", setting, 3, 128)
+        rows.append({"block": 8, "threshold": 1.1, "rule": rule, "tau": 9, "task": "sum", **found})
+    shares = {row["rule"]: row["external_share"] for row in rows}
+    assert max(shares["drop"], shares["keep"], shares["none"]) < 0.3 < shares["recompute"] < 1
+    assert rows[-1]["exact"] == 0  # without the past nothing can be right
+    assert len({row["tokens"] for row in rows}) == 4
+    assert table(rows).count("never") == 4
 
 
 def test_its_own_example_is_one(model):
