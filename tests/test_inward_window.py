@@ -188,23 +188,6 @@ def test_a_window_as_large_as_the_frame_reads_all_and_along_one_axis_the_other_i
     assert InwardWindow((31, 53), ratio=1).scale(site_of(Grid(1, 68, 120))) == 1
 
 
-BAD = [
-    ({"size": (0, 3)}, "size is rows and columns >= 1"),
-    ({"size": (3, 3), "tile": (4, 1)}, "a tile is no larger than its window"),
-    ({"tile": (0, 1)}, "tile is rows and columns >= 1"),
-    ({"frames": 0}, "frames is a number of latent frames >= 1, or None for all"),
-    ({"ratio": 0.5}, "ratio is >= 1"),
-    ({"field_pool": 0}, "field_pool is a number of tokens >= 1"),
-    ({"gather_mib": 0}, "gather_mib is a number of MiB >= 1"),
-]
-
-
-@pytest.mark.parametrize(("knobs", "message"), BAD)
-def test_a_bad_knob_is_one_sentence(knobs, message):
-    with pytest.raises(KnobError, match=message):
-        InwardWindow(**knobs)
-
-
 def test_what_does_not_go_with_a_window_is_refused():
     with pytest.raises(KnobError, match="needs whole frames in their order, and TempCache keeps parts"):
         Accel(window=InwardWindow(), cache=TempCache())

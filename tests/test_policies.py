@@ -178,6 +178,16 @@ BAD = [
     ("FlashBlock", {"clean_pass": "skip"}, "choose one of compute, reuse"),
     ("FrameWindow", {"frames": -1}, "frames=-1"),
     ("FrameWindow", {"sink_frames": -1}, "sink_frames=-1"),
+    ("InwardWindow", {"size": (0, 3)}, "size is rows and columns >= 1"),
+    ("InwardWindow", {"size": (3, 3), "tile": (4, 1)}, "a tile is no larger than its window"),
+    ("InwardWindow", {"tile": (0, 1)}, "tile is rows and columns >= 1"),
+    ("InwardWindow", {"frames": 0}, "frames is a number of latent frames >= 1, or None for all"),
+    ("InwardWindow", {"ratio": 0.5}, "ratio is >= 1"),
+    ("InwardWindow", {"field_pool": 0}, "field_pool is a number of tokens >= 1"),
+    ("InwardWindow", {"gather_mib": 0}, "gather_mib is a number of MiB >= 1"),
+    ("FullFieldGuide", {"every": 0}, "every is a number of steps >= 1"),
+    ("FullFieldGuide", {"branches": "uncond"}, "choose one of cond, all"),
+    ("FullFieldGuide", {"hold": "disk"}, "choose one of device, int8, host"),
 ]
 
 
