@@ -49,10 +49,11 @@ def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
             slots[slot] = None if none else here[choose(text, [*here, "none"], f"method for the slot {slot}")]()
             continue
         if slots[slot] is None:
-            if len(here) != 1:
-                choices = " or ".join(f"--set {slot}={method}" for method in here) or "leave it out"
+            having = {method: kind for method, kind in here.items() if name in kind.knobs()} or here
+            if len(having) != 1:
+                choices = " or ".join(f"--set {slot}={method}" for method in having) or "leave it out"
                 raise UsageError(f"the slot {slot} is empty, so '{target}' sets nothing; first say {choices}")
-            slots[slot] = next(iter(here.values()))()
+            slots[slot] = next(iter(having.values()))()
         policy = slots[slot]
         choose(name, policy.knobs(), f"knob of {type(policy).__name__} (slot {slot})")
         knobs.setdefault(slot, {})[name] = parse_knob(type(policy), name, text)
