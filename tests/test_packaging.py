@@ -20,7 +20,8 @@ ALLOWED = {
     "diffaccel": {"diffaccel", "diffaccel.ann"},
     "pipelines": {"diffaccel", "diffaccel.ann", "diffaccel.pipelines"},
 }
-UPWARD = {f"diffaccel/{name}.py" for name in ("cli", "settings", "text", "upscale", "__main__")}  # the command line sits on top
+# the command line sits on top
+UPWARD = {f"diffaccel/{name}.py" for name in ("cli", "settings", "text", "upscale", "__main__")}
 
 
 def python(code, cwd=None):
