@@ -57,7 +57,7 @@ class _RootHook(RootHook):
 
     def grid(self, given: dict[str, Any]) -> Grid:
         """The pipeline says how its tokens lie; it does not count those of conditions, which lie apart."""
-        sizes = [given.get(name) for name in ("num_frames", "height", "width")]
+        sizes: list[Any] = [given.get(name) for name in ("num_frames", "height", "width")]
         tokens = given["hidden_states"].shape[1]
         if None in sizes or (grid := Grid(*sizes)).tokens != tokens:
             raise UnsupportedError(
