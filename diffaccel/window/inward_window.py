@@ -112,7 +112,7 @@ def pooled(entries: Entries, grid: Grid, side: int) -> Entries:
     for rows, columns in product(_squares(grid.height, side), _squares(grid.width, side)):
         size = rows[2] * columns[2]
         parts.setdefault(size, []).append(tuple(_means(x, grid, rows, columns) for x in (entries.k, entries.v)))
-    found = [(torch.cat([pair[i] for part in parts.values() for pair in part], 1)) for i in range(2)]
+    k, v = (torch.cat([pair[i] for part in parts.values() for pair in part], 1) for i in range(2))
     sizes = tuple((sum(pair[0].shape[1] for pair in part), size) for size, part in parts.items())
     return Entries(k, v, multiplicity=sizes)
 
