@@ -236,7 +236,7 @@ class BlockLM(nn.Module):
             return answer, None
         assert last is not None
         last.dirty = dirty
-        return answer, dirty if changed else None
+        return answer, dirty if changed and self.reuse.dirty != "keep" else None
 
     # -- CUDA graphs --------------------------------------------------------------------------------------------------
 

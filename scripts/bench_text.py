@@ -51,7 +51,7 @@ class Bench:
 
     def __init__(self, lm: Qwen3ForCausalLM, block: int, batch: int, past: int, unmask: int, taus: list[int]) -> None:
         self.block, self.unmask, self.taus = block, unmask, taus
-        self.model = BlockLM(lm, block, reuse=TokenCount(tau=2, dirty="drop"))
+        self.model = BlockLM(lm, block, reuse=TokenCount(tau=2))
         self.model.check()
         self.graphs = self.model.no_graphs is None
         start = past // block * block
@@ -92,14 +92,14 @@ class Bench:
         if self.graphs:
             found["exact"] = arm(None, True)
         for tau in self.taus:
-            found[f"tau {tau}"] = arm(TokenCount(tau=tau, dirty="drop"), self.graphs)
+            found[f"tau {tau}"] = arm(TokenCount(tau=tau), self.graphs)
         return found
 
     def check(self) -> None:
         """Raise unless steps that reuse, and steps that are replayed, give the logits of launched exact ones."""
         still = self.ids.clone()
         ways = [(None, False), *[(None, True)] * self.graphs]
-        ways += [(TokenCount(tau=2, dirty="drop"), way) for way in ([True] if self.graphs else [False])]
+        ways += [(TokenCount(tau=2), way) for way in ([True] if self.graphs else [False])]
         found = []
         for reuse, replayed in ways:
             self.model.reuse, self.model.no_graphs = reuse, None if replayed else "launched one by one"

@@ -175,7 +175,9 @@ def main() -> None:
         "--threshold", type=float, help="confidence that commits a token, unless that of the file; above 1: one a step"
     )
     parser.add_argument("--tau", type=int, help="reuse attention to finished blocks until so many tokens changed")
-    parser.add_argument("--dirty", choices=("drop", "recompute"), help="what a changed token gets of it; with --tau")
+    parser.add_argument(
+        "--dirty", choices=("keep", "drop", "recompute"), help="what a changed token gets of it; with --tau"
+    )
     parser.add_argument("--dense", action="store_true", help="forward the whole text at every step")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="unless those of generation.json")
     parser.add_argument("--documents", type=int, default=48, help="documents a task")

@@ -5,11 +5,8 @@
 
 Every arm goes on from the same held-out prompts, one at a time, through `BlockLM` and diffusers' LLaDA2Pipeline. Exact
 match and tokens right are those of score_tiny_lm.py; share is computed of attention to finished blocks. A threshold
-above 1 unmasks one token a step. Rules for a token that changed since the outside was computed:
-
-* drop, recompute: those of `TokenCount`;
-* keep: it reads what was computed when it was still masked;
-* none: a control, in which no token reads anything of the finished blocks after a block's first step.
+above 1 unmasks one token a step. Rules for a token that changed since the outside was computed are those of
+`TokenCount`, and a control: "none", in which no token reads anything of the finished blocks after a block's first step.
 
 Results are written to --out as they come, a line an arm and task; at the end a Markdown table is printed.
 """
@@ -32,14 +29,6 @@ from diffaccel.pipelines.block_lm import BlockLM, TokenCount
 RULES = ("drop", "recompute", "keep", "none")
 
 
-class Keep(BlockLM):
-    """Changed tokens read what was stored."""
-
-    def _answer(self, *given: Any) -> Any:
-        answer, _ = super()._answer(*given)
-        return answer, None
-
-
 class Blind(BlockLM):
     """After a block's first step all tokens count as changed, and read nothing."""
 
@@ -58,8 +47,8 @@ class Arm:
         """The model to generate with."""
         if self.rule == "exact":
             return BlockLM(lm, block)
-        kind = {"keep": Keep, "none": Blind}.get(self.rule, BlockLM)
-        reuse = TokenCount(self.tau, "recompute" if self.rule == "recompute" else "drop")
+        kind = Blind if self.rule == "none" else BlockLM
+        reuse = TokenCount(self.tau, "drop" if self.rule == "none" else self.rule)
         return kind(lm, block, reuse=reuse, approximate=self.rule == "none")  # whose cache is not exact, and found out
 
 

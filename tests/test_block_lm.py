@@ -23,7 +23,7 @@ from diffaccel import KnobError, NotEngagedError, UnsupportedError
 from diffaccel.cli import app
 from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.pipelines import block_attention
-from diffaccel.pipelines.block_attention import NAME, BlockCache, grouped, masked
+from diffaccel.pipelines.block_attention import NAME, BlockCache, Counters, Pass, grouped, masked
 from diffaccel.pipelines.block_lm import BlockLM, TokenCount
 from diffaccel.text import Comparison, Text
 
@@ -303,8 +303,8 @@ def test_it_refreshes_at_the_first_step_and_from_tau_changed_tokens_on(policy, a
 def test_less_than_a_token_is_refused(tau):
     with pytest.raises(KnobError, match=r"TokenCount: tau is a number of tokens >= 1, got tau="):
         TokenCount(tau=tau)
-    with pytest.raises(KnobError, match=r"unknown TokenCount\.dirty 'keep': choose one of drop, recompute"):
-        TokenCount(dirty="keep")
+    with pytest.raises(KnobError, match=r"unknown TokenCount\.dirty 'hold': choose one of keep, drop, recompute"):
+        TokenCount(dirty="hold")
 
 
 def test_tau_of_one_is_dense():
@@ -317,7 +317,7 @@ def test_tau_of_one_is_dense():
     assert model.report()["approximate"] == []
 
 
-@pytest.mark.parametrize("dirty", ["drop", "recompute"])
+@pytest.mark.parametrize("dirty", ["keep", "drop", "recompute"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_reuse_is_counted_exactly(dirty, batch):
     """8 tokens in 8 steps, tau=3: computed with 0, 3 and 6 tokens done, reused with 1 and 2 changed since."""
@@ -330,14 +330,14 @@ def test_reuse_is_counted_exactly(dirty, batch):
     assert report["fewest_changed"] == 1
     past = 16 + 24
     assert report["pairs_total"] == batch * layers * block * steps * past
-    if dirty == "drop":
+    if dirty != "recompute":
         assert report["pairs_computed"] == batch * layers * block * 3 * past
         assert report["external_share"] == 3 / 8
     elif batch == 1:  # 1, 2, 1, 2, 1 rows at the steps that reuse; in a batch, rows dirty in any of it
         assert report["pairs_computed"] == layers * (block * 3 + 7) * past
 
 
-@pytest.mark.parametrize("dirty", ["drop", "recompute"])
+@pytest.mark.parametrize("dirty", ["keep", "drop", "recompute"])
 def test_the_first_layer_of_a_reused_step(dirty):
     """Queries of the first layer are the tokens themselves: those that did not change are exact there, those that did
     are exact if recomputed, and see their block alone if dropped."""
@@ -355,11 +355,28 @@ def test_the_first_layer_of_a_reused_step(dirty):
     if dirty == "recompute":
         torch.testing.assert_close(reused[changed], expected[changed], atol=1e-4, rtol=1e-4)
         return
+    if dirty == "keep":  # what merges with the new token's own block is what was computed for the old one
+        stored = model._progress.outside.stored[0]
+        fresh = BlockLM(lm, 8, reuse=TokenCount(tau=4))
+        fresh(prompt_of(2, 24))
+        for kept, expected in zip(stored, fresh._progress.outside.stored[0], strict=True):
+            assert torch.equal(kept, expected)
+        return
     alone = BlockLM(lm, 8)
     alone.check()
     positions = torch.arange(16, 24).expand(2, -1)
     inside = alone(ids[:, 16:], position_ids=positions).logits
     torch.testing.assert_close(reused[changed], inside[changed], atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_that_reuses_merges_what_is_stored_with_its_own_block():
+    q, k, v = (torch.randn(1, 12, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    stored = Partial(torch.randn(1, 4, 2, 16), torch.randn(1, 4, 2))
+    now = Pass(0, None, None, None, "sdpa", Counters(), answer="reuse", stored={0: stored})
+    found = now.attend(0, q[:, 8:], k, v, 0.25)
+    inside = KERNELS["reference"].partial(q[:, 8:], k[:, 8:], v[:, 8:], scale=0.25)
+    torch.testing.assert_close(found, merge([stored, inside]).out, atol=1e-5, rtol=1e-5)
+    assert now.counters.pairs_computed == 0
 
 
 def test_what_was_stored_is_forgotten_with_the_block_the_prefix_and_the_text():
