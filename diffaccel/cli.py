@@ -221,7 +221,7 @@ def text(
             help=f"folder or hub name of a block-diffusion language model  [default: the bundled {BUNDLED_TEXT_MODEL}]"
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="exact or fast")] = "exact",
+    preset: Annotated[str, typer.Option(help="exact, auto or fast")] = "exact",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="reuse.tau=3  kernel=sdpa")
     ] = None,
@@ -248,7 +248,7 @@ def text(
         _require(bool(prompt.strip()), "the prompt is empty; say what the text should go on from")
         if report is not None:
             _check_parent(report)
-        how = build_reuse(preset, changes or [])
+        build_reuse(preset, changes or [])
         transformers_logging.disable_progress_bar()
         opened = load(model, dtype, device)
         writer = opened.writer(
@@ -262,6 +262,10 @@ def text(
         check_prompt(opened, prompt)
         for sentence in unread(opened, prompt, writer):
             _say(f"warning: {sentence}")
+        tokens = len(opened.tokenizer(prompt)["input_ids"]) + writer.max_tokens
+        how = build_reuse(preset, changes or [], tokens)
+        if preset == "auto" and how[0] is None:
+            _say(f"note: exact, because a text of at most {tokens} tokens is too short for reuse to be sure to pay")
         comparison = compare(opened, prompt, writer, *how) if comparing else None
         written = write(opened, prompt, writer, *how) if comparison is None else comparison.arms["asked"]
         typer.echo(written.text)

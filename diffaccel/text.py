@@ -26,8 +26,12 @@ from .suggest import choose
 if TYPE_CHECKING:
     from .pipelines.block_lm import BlockLM
 
-PRESETS: dict[str, TokenCount | None] = {"exact": None, "fast": TokenCount(tau=2)}
-"""Reuse between denoising steps, by the name of a preset; finished blocks are cached in both, which is exact."""
+PRESETS: dict[str, TokenCount | None] = {"exact": None, "auto": TokenCount(tau=2), "fast": TokenCount(tau=2)}
+"""Reuse between denoising steps, by the name of a preset; finished blocks are cached in all, which is exact. "auto" is
+for texts of `WORTH` tokens and more: shorter ones have too little past for reuse to be sure to pay (measured on an H200
+at the shape of an 8B model, samples/RESULTS.md)."""
+
+WORTH = 4096
 
 _NUMBERS = ("block_length", "num_inference_steps", "threshold", "temperature", "max_tokens", "max_length")
 _TEXTS = ("prompt_form", "prompt_pattern", "prompt_example")
@@ -97,6 +101,8 @@ class Text:
         share = r["tokens_forwarded"] / r["tokens_uncached"]
         line = f"{len(self.tokens)} tokens in {self.seconds:.2f} s, {self.speed:.1f} tokens/s; {r['passes']} passes, "
         line += f"{r['tokens_forwarded']} tokens forwarded ({share:.1%} of what there are without a cache)"
+        if r["graphs_replayed"]:
+            line += f"; {r['graphs_replayed']} passes replayed as CUDA graphs"
         if r["external_share"] is None:
             return line
         calls = r["external_computed"] + r["external_reused"]
@@ -128,12 +134,14 @@ class Comparison:
         yield f"tokens equal to dense: {share:.1%}{where}"
 
 
-def build_reuse(preset: str, changes: Sequence[str] = ()) -> tuple[TokenCount | None, str]:
-    """Reuse and kernel of a preset with `--set` changes: `reuse=TokenCount`, `reuse=none`, `reuse.knob=value`,
-    `kernel=name`. Raises `UsageError` or `KnobError` with the choices."""
+def build_reuse(preset: str, changes: Sequence[str] = (), tokens: int | None = None) -> tuple[TokenCount | None, str]:
+    """Reuse and kernel of a preset for a text of so many `tokens`, with `--set` changes: `reuse=TokenCount`,
+    `reuse=none`, `reuse.knob=value`, `kernel=name`. Raises `UsageError` or `KnobError` with the choices."""
     from .kernel import CHOICES
 
     reuse, kernel = PRESETS[choose(preset, PRESETS, "preset")], "auto"
+    if preset == "auto" and tokens is not None and tokens < WORTH:
+        reuse = None
     knobs: dict[str, Any] = {}
     for change in changes:
         target, equals, text = (part.strip() for part in change.partition("="))

@@ -25,7 +25,7 @@ from diffaccel.kernel import KERNELS, Partial, merge
 from diffaccel.pipelines import block_attention
 from diffaccel.pipelines.block_attention import NAME, BlockCache, Counters, Pass, grouped, masked
 from diffaccel.pipelines.block_lm import BlockLM, TokenCount
-from diffaccel.text import Comparison, Text
+from diffaccel.text import WORTH, Comparison, Text, build_reuse
 
 MASK = 63
 SIZES = {
@@ -538,7 +538,7 @@ def test_what_did_not_engage_keeps_the_text_and_exits_with_1(folder, tmp_path):
 
 MISTAKES = {
     "no folder": (["--model", "nowhere"], "there is no folder 'nowhere'"),
-    "preset": (["--preset", "fats"], "unknown preset 'fats': choose one of exact, fast; did you mean 'fast'?"),
+    "preset": (["--preset", "fats"], "unknown preset 'fats': choose one of exact, auto, fast; did you mean 'fast'?"),
     "tau": (["--set", "reuse.tau=0"], "TokenCount: tau is a number of tokens >= 1, got tau=0"),
     "knob": (["--set", "reuse.taus=2"], "unknown knob of TokenCount (slot reuse) 'taus'"),
     "slot": (["--set", "cache.threshold=0.9"], "unknown slot of a language model 'cache'"),
@@ -553,6 +553,16 @@ MISTAKES = {
     "dtype": (["--dtype", "float8"], "unknown dtype 'float8'"),
     "report": (["--report", "no/where/r.json"], "does not exist; create it first"),
 }
+
+
+def test_auto_reuses_where_it_is_sure_to_pay(folder, tmp_path):
+    assert build_reuse("auto", tokens=WORTH) == (TokenCount(tau=2), "auto")
+    assert build_reuse("auto", tokens=WORTH - 1) == (None, "auto")
+    assert build_reuse("auto", ["reuse.tau=3"], tokens=9) == (TokenCount(tau=3), "auto")
+    result = command(PROMPT, "--model", folder, "--preset", "auto", "--report", tmp_path / "r.json")
+    assert result.exit_code == 0
+    assert "too short for reuse" in result.output
+    assert json.loads((tmp_path / "r.json").read_text())["report"]["reuse"] is None
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
