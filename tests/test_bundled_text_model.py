@@ -66,7 +66,7 @@ def test_the_cache_writes_what_the_whole_text_forwarded_does(model, threshold):
         assert arms["asked"].report["tokens_forwarded"] < arms["dense"].report["tokens_forwarded"] / 2
 
 
-@pytest.mark.parametrize("dirty", ["drop", "recompute"])
+@pytest.mark.parametrize("dirty", ["keep", "drop", "recompute"])
 def test_reuse_is_reported_and_the_answer_still_right(model, dirty):
     for task in TASKS:
         [prompt] = prompts(task, 1)
