@@ -183,7 +183,7 @@ class Run:
 
     @contextmanager
     def full_field(self) -> Iterator[None]:
-        """The forward inside reads the whole field, and finishes no block."""
+        """The forward inside reads the whole field."""
         self._looking = True
         try:
             yield
@@ -193,8 +193,6 @@ class Run:
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         self._tick()
-        if self._looking:
-            return
         self._note_bytes("selection", sum(self._chosen_bytes.values()))
         if self.accel.reuse is not None:
             stored = sum(history.bytes for history in self._histories.values())
