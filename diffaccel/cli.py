@@ -293,6 +293,9 @@ def upscale(
         str | None, typer.Option(metavar="RxC", help="rows x columns of tokens that share a window  [default: half]")
     ] = None,
     guide_every: Annotated[int, typer.Option(help="steps between passes over the whole frame")] = 2,
+    field_pool: Annotated[
+        int, typer.Option(help="side of the squares of keys these passes read as one; 1 reads every key, as published")
+    ] = 2,
     no_guide: Annotated[bool, typer.Option("--no-guide", help="windows alone")] = False,
     hold: Annotated[str, typer.Option(help="where what guides is kept: device, int8 or host")] = "device",
     strength: Annotated[float, typer.Option(help="share of the steps that are run again, in (0, 1]")] = 0.7,
@@ -345,6 +348,7 @@ def upscale(
             native=(base[1], base[0]),
             tile=None if cut is None else (int(cut[1]), int(cut[2])),
             guide_every=None if no_guide else guide_every,
+            field_pool=field_pool,
             hold=hold,
         )
         big.check(height, width, strength)

@@ -63,7 +63,9 @@ def estimate(
 
     native = big.tokens(*big.native)
     speed = work(*native, native[0] * native[1], 0.0) / _seconds_of_a_forward(pipe, Grid(block, *native))
-    total = ordinary * work(rows, columns, seen, past) + passes * work(rows, columns, rows * columns, past)
+    pool = big.accel.window.field_pool
+    field = -(-rows // pool) * -(-columns // pool)
+    total = ordinary * work(rows, columns, seen, past) + passes * work(rows, columns, field, past)
     return Estimate(
         forwards=ordinary + passes,
         passes=passes,

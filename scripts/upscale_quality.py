@@ -115,6 +115,23 @@ def measure(made: NDArray[Any], base: NDArray[Any]) -> dict[str, float]:
     }
 
 
+def sheet(title: str, shown: dict[str, NDArray[np.uint8]], columns: int = 4, side: int = 256) -> NDArray[np.uint8]:
+    """Frames under their names, in rows, under a title."""
+    cells = []
+    for name, frame in shown.items():
+        cell = np.full((side + 20, side, 3), 255, np.uint8)
+        cell[20:] = cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA)
+        cells.append(_written(cell, name))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
+    return np.concatenate([_written(np.full((20, columns * side, 3), 255, np.uint8), title), *rows])
+
+
+def _written(image: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    cv2.putText(image, text, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return image
+
+
 def main() -> None:
     """Parse the command line, generate, measure, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +149,8 @@ def main() -> None:
     settings = {"num_inference_steps": usual.num_inference_steps, "guidance_scale": usual.guidance_scale}
     settings = {name: value for name, value in settings.items() if value is not None}
     log = (args.out / "upscale.jsonl").open("w")
-    sheet, scores = [], {}
+    sheets: list[NDArray[np.uint8]] = []
+    scores: dict[tuple[int, str], list[dict[str, float]]] = {}
     for scale in args.scales:
         for number, prompt in enumerate(PROMPTS[: args.prompts]):
 
@@ -143,7 +161,7 @@ def main() -> None:
             base = pipe(prompt, **native, num_frames=args.frames, **settings, generator=noise()).frames[0]
             size = {"height": scale * usual.height, "width": scale * usual.width}
             big = FreeSwimPipeline(pipe, native=(usual.height, usual.width))
-            rows = [np.stack([enlarge(base[-1:], **size)[0]])]
+            shown = {"the base video, enlarged": enlarge(base[-1:], **size)[0]}
             for name, accel in arms_of(big.accel.window).items():
                 if args.arms and not any(name.startswith(arm) for arm in args.arms):
                     continue
@@ -156,11 +174,9 @@ def main() -> None:
                 print(
                     f"{scale}x {name:32s} {prompt}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()), flush=True
                 )
-                rows.append(np.rint(made[-1:] * 255).astype(np.uint8))
-            if number == 0:
-                tiles = [cv2.resize(row[0], (256, 256), interpolation=cv2.INTER_AREA) for row in rows]
-                sheet.append(np.concatenate(tiles, 1))
-                cv2.imwrite(str(args.out / "upscale.png"), np.concatenate(sheet)[..., ::-1])
+                shown[name] = np.rint(made[-1] * 255).astype(np.uint8)
+            sheets.append(sheet(f"{scale}x, {prompt}", shown))
+            cv2.imwrite(str(args.out / "upscale.png"), np.concatenate(sheets)[..., ::-1])
     print("| scale, arm | repetition | agreement, dB | sharpness | seconds |\n|---|---|---|---|---|")
     for (scale, name), found in scores.items():
         means = {key: float(np.mean([row[key] for row in found])) for key in found[0]}

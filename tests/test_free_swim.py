@@ -118,7 +118,7 @@ def test_what_the_guide_keeps_is_known_beforehand(hold, kind):
 def test_no_guide_is_a_window_alone():
     pipe = tiny_pipeline()
     big = FreeSwimPipeline(pipe, native=NATIVE, guide_every=None)
-    assert big.accel == Accel(window=InwardWindow((3, 3), tile=(2, 2)))
+    assert big.accel == Accel(window=InwardWindow((3, 3), tile=(2, 2), field_pool=2))
     assert big.kept_bytes(64, 96, 9) == 0
 
 
@@ -215,6 +215,7 @@ MISTAKES = [
     (["--scale", 1], "no larger than the window"),
     (["--scale", 2, "--tile", "2"], "--tile takes rows x columns"),
     (["--scale", 2, "--tile", "9x9"], "a tile is no larger than its window"),
+    (["--scale", 2, "--field-pool", 0], "field_pool is a number of tokens >= 1"),
     (["--scale", 2, "--guide-every", 0], "--guide-every is at least 1"),
     (["--scale", 2, "--strength", 0], r"strength is a share of the steps in (0, 1]"),
     (["--scale", 2, "--hold", "disk"], "choose one of device, int8, host"),
