@@ -152,7 +152,7 @@ def main() -> None:
     sheets: list[NDArray[np.uint8]] = []
     scores: dict[tuple[int, str], list[dict[str, float]]] = {}
     for scale in args.scales:
-        for number, prompt in enumerate(PROMPTS[: args.prompts]):
+        for prompt in PROMPTS[: args.prompts]:
 
             def noise() -> torch.Generator:
                 return torch.Generator().manual_seed(0)

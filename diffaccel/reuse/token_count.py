@@ -15,9 +15,9 @@ class TokenCount(Policy):
     of a block always computes, and so does the pass that writes a finished block into the cache.
 
     Differences from the paper: there a dirty token loses its external term until the next refresh (`dirty="drop"`);
-    here it keeps the one that was computed while it was masked, which costs as little and gave more right answers from
-    tau = 4 on, the same below. `dirty="recompute"` computes its row anew, which reads the past at every step. In a
-    batch the row that changed most decides for all of them.
+    here it keeps the one that was computed while it was masked, which costs as little and gave more right answers on
+    the bundled model, in blocks of 4 from tau = 2 on. `dirty="recompute"` computes its row anew, which reads the past
+    at every step. In a batch the row that changed most decides for all of them.
     """
 
     slot: ClassVar[str] = "reuse"
