@@ -181,6 +181,7 @@ class FreeSwimPipeline:
         given: dict[str, Any] = {name: value for name, value in usual.items() if value is not None}
         given |= {"negative_prompt": negative_prompt, "generator": generator}
         if video is None:
+            inputs.check_frames("num_frames", num_frames, self.pipe.vae_scale_factor_temporal)
             video = self._base(prompt, num_frames, given)
         frames = enlarge(video, height, width)
         inputs.check_frames("the number of frames of video", len(frames), self.pipe.vae_scale_factor_temporal)

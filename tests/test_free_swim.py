@@ -138,6 +138,7 @@ BAD = [
     ({"height": 48, "width": 48}, "3 x 3 tokens is no larger than the window of 3 x 3"),
     ({**LARGE, "strength": 0.0}, r"strength is a share of the steps in \(0, 1\], got 0"),
     ({**LARGE, "strength": 1.5}, r"strength is a share of the steps in \(0, 1\], got 1.5"),
+    ({**LARGE, "video": None, "num_frames": 6}, "num_frames .* got 6, the nearest valid values are 5 and 9"),
     ({**LARGE, "video": clip(6)}, "got 6, the nearest valid values are 5 and 9"),
     ({**LARGE, "video": clip()[0]}, "video is frames .*, at least one, got an array of shape"),
     ({**LARGE, "video": clip()[:0]}, "at least one"),

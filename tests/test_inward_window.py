@@ -31,6 +31,7 @@ from diffaccel.kernel.boxes import over_boxes
 from diffaccel.kernel.weighted import over_entries
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
 from diffaccel.policy import Selector
+from diffaccel.reuse.full_field_guide import _Held
 from diffaccel.rotary import rotate
 from diffaccel.site import Site
 from diffaccel.window.inward_window import pooled, spans
@@ -329,6 +330,23 @@ def test_passes_over_the_whole_field_are_made_where_they_matter_and_nowhere_else
     assert passes.count(True) == 2 * looks
     assert passes.count(False) == 2 * steps * 2
     assert passes[:2] == [True, False]
+
+
+@pytest.mark.parametrize("hold", ["device", "int8", "host"])
+def test_a_video_of_another_size_in_the_same_run_is_steered_from_its_own_first_step(hold):
+    pipe, accel = wan(), Accel(window=InwardWindow((3, 3)), reuse=FullFieldGuide(every=3, hold=hold))
+    with accel(pipe):
+        alone = run(pipe, height=80, width=112)
+    with accel(pipe):
+        run(pipe)
+        assert torch.equal(run(pipe, height=80, width=112), alone)
+
+
+def test_what_is_held_is_not_what_a_layer_may_write_into():
+    held = _Held(given_out := torch.ones(1, 2, 1, 4), "device")
+    given_out.zero_()
+    held.get().zero_()
+    assert held.get().eq(1).all()
 
 
 @pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])

@@ -66,10 +66,10 @@ class FullFieldGuide(ReusePolicy):
         if not self._steers(site):
             return False
         state = run.scratch(self.slot, site.branch)
-        place = (site.block, site.step)
-        block, step, count = state.get("at", (-1, 0, 0))
-        count = count + 1 if block == site.block and step <= site.step else 0
-        state["at"] = (*place, count)
+        block, step, count = state.get("at", (None, 0, 0))
+        here = (site.block, site.grid)  # another block or another video, which may be of another size
+        count = count + 1 if block == here and step <= site.step else 0
+        state["at"] = (here, site.step, count)
         return count % self.every == 0
 
     def cross(self, site: Site, run: "Run", compute: Callable[[], Tensor]) -> Tensor:
@@ -104,20 +104,24 @@ class _Held:
 
     def put(self, found: Tensor) -> None:
         if self.hold == "device":
-            self.kept = [found]
+            self.kept = [found.clone()]  # compiled code may write into what attention gave it, also below
         elif self.hold == "int8":
             wide = found.float()
             scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
             self.kept = [(wide / scale).round().to(torch.int8), scale]
         else:
-            if not self.kept:
+            if not self.kept or self.kept[0].shape != found.shape:
                 self.kept = [torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)]
             self.kept[0].copy_(found, non_blocking=True)
 
     def get(self) -> Tensor:
         if self.hold == "int8":
             return (self.kept[0].float() * self.kept[1]).to(self.dtype)
-        return self.kept[0].to(self.device, non_blocking=True)
+        return (
+            self.kept[0].clone()
+            if self.hold == "device"
+            else self.kept[0].to(self.device, non_blocking=True, copy=True)
+        )
 
     @property
     def bytes(self) -> int:
