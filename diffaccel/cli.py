@@ -305,6 +305,7 @@ def upscale(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="encode and decode in tiles: less memory")] = False,
     offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
     pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
@@ -386,6 +387,7 @@ def upscale(
                 video,
                 **settings,
                 generator=torch.Generator().manual_seed(seed),
+                vae_tiling=vae_tiling,
                 callback_on_step_end=_counts_steps(show),
                 on_run=runs.append,
             ).frames[0]

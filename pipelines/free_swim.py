@@ -12,7 +12,8 @@ all that the prompt names.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -155,6 +156,7 @@ class FreeSwimPipeline:
         negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         flow_shift: float | None = None,
+        vae_tiling: bool = False,
         output_type: str = "np",
         callback_on_step_end: Callable[..., dict] | None = None,
         on_run: Callable[[Run], None] | None = None,
@@ -169,6 +171,7 @@ class FreeSwimPipeline:
             num_inference_steps, guidance_scale, negative_prompt, generator: as of the pipeline.
             flow_shift: of the noise levels; 9 for a model that denoises the whole video at once, and the pipeline's own
                 for one that goes block by block.
+            vae_tiling: encode and decode the large video in tiles, which takes less memory and may show seams.
             output_type: "np" (1, F, H, W, 3) in [0, 1], "pt", "pil" or "latent".
             callback_on_step_end: as of the pipeline, called while the large video is denoised.
             on_run: called with the `Run` of the large video once it is done, for its report.
@@ -189,7 +192,7 @@ class FreeSwimPipeline:
         given["callback_on_step_end"] = callback_on_step_end
         blockwise = isinstance(self.pipe, CausalWanPipeline)
         target = self.pipe if blockwise else self._video_to_video(flow_shift)
-        with self.accel(target) as run:
+        with self.accel(target) as run, _tiled(target.vae, vae_tiling):
             if blockwise:
                 given |= self._noised(frames, strength, flow_shift, given)
                 result = target(prompt, num_frames=len(frames), **given)
@@ -237,6 +240,16 @@ class FreeSwimPipeline:
         made = WanVideoToVideoPipeline(**parts)
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
+
+
+@contextmanager
+def _tiled(vae: Any, tiled: bool) -> Iterator[None]:
+    before = vae.use_tiling
+    vae.use_tiling = before or tiled
+    try:
+        yield
+    finally:
+        vae.use_tiling = before
 
 
 def enlarge(video: Any, height: int, width: int) -> NDArray[np.uint8]:

@@ -106,6 +106,26 @@ def test_the_pipeline_is_left_as_it_was():
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("kind", ["causal", "stock"])
+def test_the_vae_goes_tile_by_tile_where_asked_and_is_left_as_it_was(kind):
+    pipe = tiny_pipeline() if kind == "causal" else stock()
+    pipe.vae.tile_sample_min_height = pipe.vae.tile_sample_min_width = 48
+    pipe.vae.tile_sample_stride_height = pipe.vae.tile_sample_stride_width = 32
+    big, seen = FreeSwimPipeline(pipe, native=NATIVE), []
+    decode = pipe.vae.tiled_decode
+
+    def watched(*args, **given):
+        seen.append(args[0].shape)
+        return decode(*args, **given)
+
+    pipe.vae.tiled_decode = watched
+    for tiling in (False, True):
+        frames = big(PROMPT, clip(), **LARGE, num_inference_steps=2, guidance_scale=1.0, vae_tiling=tiling).frames
+        assert frames.shape == (1, 5, 64, 96, 3)
+        assert len(seen) == tiling
+    assert not pipe.vae.use_tiling
+
+
 @pytest.mark.parametrize("hold", ["device", "int8", "host"])
 @pytest.mark.parametrize("kind", ["causal", "stock"])
 def test_what_the_guide_keeps_is_known_beforehand(hold, kind):
