@@ -399,6 +399,12 @@ def test_a_frame_no_larger_than_the_window_is_an_error_that_says_so():
         run(pipe)
 
 
+def test_a_guide_without_a_window_is_an_error_that_says_so():
+    pipe = wan()
+    with pytest.raises(NotEngagedError, match="no window to steer"), Accel(reuse=FullFieldGuide(every=2))(pipe):
+        run(pipe)
+
+
 def test_flow_euler_and_a_callback_that_changes_the_latents():
     from diffusers import FlowMatchEulerDiscreteScheduler
 

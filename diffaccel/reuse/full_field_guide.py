@@ -84,8 +84,14 @@ class FullFieldGuide(ReusePolicy):
             else:
                 held[site.layer] = _Held(found, self.hold)
             return found
-        run.fired(self.slot)
+        if run.accel.window is not None:
+            run.fired(self.slot)
         return held[site.layer].get()
+
+    def why_idle(self, run: "Run") -> str:
+        if run.accel.window is None:
+            return "there is no window to steer, so its passes only cost time: add window=InwardWindow()"
+        return "no forward of the branch with the prompt ran"
 
     def bytes_held(self, run: "Run") -> int:
         return sum(held.bytes for state in run.all_scratch(self.slot) for held in state.get("held", {}).values())
