@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import re
+import signal
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -817,6 +819,31 @@ def _out_console() -> "Console":
 
 
 @contextmanager
+def _keeps_interrupt() -> Iterator[Callable[[], None]]:
+    """What it yields raises `KeyboardInterrupt` if Ctrl-C was pressed inside, even where that was swallowed: Python
+    drops an exception that is raised in a finaliser or in a callback of a weak reference."""
+    pressed = False
+
+    def on_interrupt(*_: Any) -> NoReturn:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _progress(prompt: str) -> Iterator[_Shower]:
     """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, run, label)`."""
     from rich.console import Console
@@ -830,10 +857,12 @@ def _progress(prompt: str) -> Iterator[_Shower]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with _keeps_interrupt() as check, bar as progress:
         task = progress.add_task(prompt[:40].replace("[", "("), total=None, speed="")
 
         def show(done: int | None, total: int | None, run: "Run | None", label: str | None = None) -> None:
+            check()
             if done is not None:
                 progress.update(task, completed=done, total=total)
             if label is not None:

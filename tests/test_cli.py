@@ -17,7 +17,7 @@ from tiny import tiny_components, tiny_pipeline
 from typer.testing import CliRunner
 
 from diffaccel import Accel, FlashBlock, KnobError, PadCollapse, TempCache
-from diffaccel.cli import app
+from diffaccel.cli import _progress, app
 from diffaccel.pipelines import CausalWanPipeline
 from diffaccel.pipelines.presets import PRESETS
 from diffaccel.settings import UsageError, build_accel, parse_knob
@@ -218,6 +218,25 @@ def test_ctrl_c_in_a_real_process_leaves_a_playable_file(models, tmp_path):
     assert 1 <= frames < 1601
     assert f"{frames} frames" in said
     assert left_in(tmp_path) == ["v.mp4"]
+
+
+def test_ctrl_c_that_was_swallowed_ends_the_run_at_the_next_step(monkeypatch):
+    before, swallowed = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: swallowed.append(found.exc_type))
+
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    with _progress("") as show:
+        show(1, 3, None)
+        held = Swallows()
+        del held
+        assert swallowed == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            show(2, 3, None)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
