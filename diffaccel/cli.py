@@ -292,12 +292,10 @@ def upscale(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k; of VIDEO the first ones")] = None,
     tile: Annotated[
-        str | None, typer.Option(metavar="RxC", help="rows x columns of tokens that share a window  [default: half]")
+        str | None, typer.Option(metavar="RxC", help="rows x columns of tokens that share a window  [default: a third]")
     ] = None,
     guide_every: Annotated[int, typer.Option(help="steps between passes over the whole frame")] = 2,
-    field_pool: Annotated[
-        int, typer.Option(help="side of the squares of keys these passes read as one; 1 reads every key, as published")
-    ] = 2,
+    field_pool: Annotated[int, typer.Option(help="side of the squares of keys that these passes read as one")] = 1,
     no_guide: Annotated[bool, typer.Option("--no-guide", help="windows alone")] = False,
     hold: Annotated[str, typer.Option(help="where what guides is kept: device, int8 or host")] = "device",
     strength: Annotated[float, typer.Option(help="share of the steps that are run again, in (0, 1]")] = 0.7,

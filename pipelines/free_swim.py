@@ -47,11 +47,11 @@ class FreeSwimPipeline:
     Args:
         pipe: `WanPipeline`, `WanVideoToVideoPipeline` or `CausalWanPipeline`. It is used, not changed.
         native: height and width in pixels that the model was trained on; its window has the next odd number of tokens.
-        tile: rows and columns of queries that share a window, (1, 1) as published; by default half of the window,
-            rounded up, which is many times faster.
+        tile: rows and columns of queries that share a window, (1, 1) as published; by default a third of the window.
+            Larger tiles are faster and may show where they meet.
         guide_every: steps between passes over the whole field; None makes none, which is a plain local window.
         field_pool: side of the squares of keys that a pass over the whole field reads as one mean; 1 reads every key,
-            as published. With 2 a pass costs a quarter and, on the bundled model, steers no worse.
+            as published. With 2 a pass reads a quarter and, on the bundled model, steers about as well.
         ratio: of `InwardWindow`.
         hold: of `FullFieldGuide`.
         accel: what else to run with, such as `Accel(prompt=PadCollapse())`; its window and reuse must be free.
@@ -69,7 +69,7 @@ class FreeSwimPipeline:
         tile: tuple[int, int] | None = None,
         guide_every: int | None = 2,
         ratio: float = 2.0,
-        field_pool: int = 2,
+        field_pool: int = 1,
         hold: str = "device",
         accel: Accel | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class FreeSwimPipeline:
         self.pipe, self.native = pipe, native
         self._check_size(*native)
         rows, columns = (tokens // 2 * 2 + 1 for tokens in self.tokens(*native))
-        tile = ((rows + 1) // 2, (columns + 1) // 2) if tile is None else tile
+        tile = (max(1, rows // 3), max(1, columns // 3)) if tile is None else tile
         self.window = rows, columns
         window = InwardWindow(self.window, tile, ratio=ratio, field_pool=field_pool)
         guide = None if guide_every is None else FullFieldGuide(every=guide_every, hold=hold)

@@ -138,7 +138,7 @@ def test_what_the_guide_keeps_is_known_beforehand(hold, kind):
 def test_no_guide_is_a_window_alone():
     pipe = tiny_pipeline()
     big = FreeSwimPipeline(pipe, native=NATIVE, guide_every=None)
-    assert big.accel == Accel(window=InwardWindow((3, 3), tile=(2, 2), field_pool=2))
+    assert big.accel == Accel(window=InwardWindow((3, 3), tile=(1, 1)))
     assert big.kept_bytes(64, 96, 9) == 0
 
 
