@@ -344,6 +344,8 @@ def upscale(
             width, height = (round(side * scale) for side in start)
         assert height is not None
         assert width is not None
+        if abs(width / height / (start[0] / start[1]) - 1) > 0.02:
+            _say(f"note: {start[0]}x{start[1]} and {width}x{height} differ in shape, so the picture is stretched")
         big = FreeSwimPipeline(
             pipe,
             native=(base[1], base[0]),

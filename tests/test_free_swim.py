@@ -207,6 +207,7 @@ def test_the_command_enlarges_a_prompt(folder, tmp_path, pipeline):
     assert found.exit_code == 0, found.output
     assert read_video(out).shape == (9, 64, 96, 3)
     assert "48x32 to 96x64" in found.output
+    assert "stretched" not in found.output
     content = json.loads(report.read_text())
     assert content["slots"]["window"]["engaged"]
     assert content["slots"]["reuse"]["engaged"]
@@ -225,6 +226,7 @@ def test_the_command_enlarges_a_file(folder, tmp_path):
         folder, source, "--prompt", PROMPT, "--width", 96, "--height", 80, "-o", out, "--frames", 9, "--tile", "1x1"
     )
     assert found.exit_code == 0, found.output
+    assert "so the picture is stretched" in found.output
     assert read_video(out).shape == (9, 80, 96, 3)
 
 
