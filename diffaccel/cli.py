@@ -324,6 +324,9 @@ def upscale(
         _require(scale is None or (height is None and width is None), "--scale, or --height and --width, got both")
         _require((height is None) == (width is None), "--height and --width go together; or use --scale")
         _require(scale is not None or height is not None, "--scale, or --height and --width, says how large")
+        _require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
+        _require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
+        _require(guidance is None or guidance >= 0, f"--guidance must be 0 or more, got {guidance}")
         _require(guide_every >= 1, f"--guide-every is at least 1, got {guide_every}")
         cut = re.fullmatch(r"(\d+)[xX](\d+)", tile) if tile else None
         _require(tile is None or cut is not None, f"--tile takes rows x columns of tokens, such as 17x20, got '{tile}'")
@@ -366,7 +369,7 @@ def upscale(
             "negative_prompt": negative,
         }
         settings: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-        _check_arguments(pipe, big.accel, {"num_frames": count, "width": width, "height": height}, [text or ""])
+        _check_arguments(pipe, big.accel, settings, [text or ""])
         expected = estimate(
             big,
             height,
@@ -400,7 +403,7 @@ def upscale(
             from .report import write_json
 
             about = {"file": str(out), "prompt": text, "seed": seed, "settings": settings}
-            write_json(report, {**about, "estimate": expected.to_dict(), **found.to_dict()})
+            write_json(report, {**about, "estimate": dataclasses.asdict(expected), **found.to_dict()})
 
 
 @app.command()

@@ -16,7 +16,6 @@ Results go to DIR/reuse.jsonl and DIR/model.jsonl.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from typing import ClassVar
 import bench_seam
 import numpy as np
 import torch
-from timing import medians
+from timing import Says, medians
 from torch import Tensor
 
 from diffaccel import Accel, AnnSA, FlashBlock, Grid, Run, Site
@@ -52,7 +51,7 @@ WHOLE = {
 }
 
 
-class Bench:
+class Bench(Says):
     def __init__(self, sizes: dict, device: str, out: Path, rounds: int) -> None:
         self.sizes, self.device, self.rounds = sizes, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -61,12 +60,6 @@ class Bench:
         self.log, self.profile = (out / "reuse.jsonl").open("w"), out / "profile.json"
         torch.manual_seed(0)
         profile(sizes).save(self.profile)
-
-    def say(self, what: str, **figures: object) -> None:
-        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
-        print(f"{what:58s} " + "  ".join(shown), flush=True)
-        self.log.write(json.dumps({"what": what, **figures}) + "\n")
-        self.log.flush()
 
     def draw(self) -> Tensor:
         shape = (1, self.grid.tokens, self.sizes["heads"], self.sizes["dim"])

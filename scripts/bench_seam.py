@@ -10,7 +10,6 @@ to DIR/seam.jsonl line by line.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from timing import medians
+from timing import Says, medians
 from torch import Tensor
 
 from diffaccel import Accel, FlashBlock, PadCollapse
@@ -91,7 +90,7 @@ def plain_dense(kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return sdpa
 
 
-class Bench:
+class Bench(Says):
     def __init__(self, shape: dict[str, int], device: str, out: Path, rounds: int, log: str = "seam.jsonl") -> None:
         self.shape, self.device, self.rounds = shape, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -116,14 +115,6 @@ class Bench:
         self.text[:, 40:] = 0
         self.tokens = FRAMES * shape["h"] * shape["w"] // 4
         self.kernel = resolve("auto", self.device, self.dtype, shape["dim"]).name
-
-    def say(self, what: str, **figures: object) -> None:
-        print(
-            f"{what:58s} "
-            + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
-        )
-        self.log.write(json.dumps({"what": what, **figures}) + "\n")
-        self.log.flush()
 
     def randn(self, *size: int) -> Tensor:
         return torch.randn(size, device=self.device).to(self.dtype)

@@ -12,7 +12,6 @@ come.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import medians
+from timing import Says, medians
 from torch import Tensor
 
 from diffaccel import AnnSA, Grid, Site
@@ -57,7 +56,7 @@ STEPS = (2, 7, 35)  # that read what was chosen: of 4 steps, of 10 and of 50, le
 FIRST = 4  # blocks of past before it chooses
 
 
-class Bench:
+class Bench(Says):
     def __init__(self, sizes: dict, device: str, out: Path, rounds: int) -> None:
         self.sizes, self.device, self.rounds = sizes, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -69,12 +68,6 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "sparse.jsonl").open("w")
         torch.manual_seed(0)
-
-    def say(self, what: str, **figures: object) -> None:
-        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
-        print(f"{what:58s} " + "  ".join(shown), flush=True)
-        self.log.write(json.dumps({"what": what, **figures}) + "\n")
-        self.log.flush()
 
     def tensors(self, queries: int, keys: int, batch: int = 1) -> list[Tensor]:
         """Queries as a model has them; keys and values sorted within each head, so head by head in memory."""

@@ -12,7 +12,6 @@ DIR/window.jsonl as they come.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from bench_seam import SHAPES
 from diffusers import WanTransformer3DModel
-from timing import medians
+from timing import Says, medians
 from torch import Tensor
 
 from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Site
@@ -48,7 +47,7 @@ TOY: dict[str, Any] = {
 CHECKED = 64  # queries that are compared with attention written out
 
 
-class Bench:
+class Bench(Says):
     """What all measurements share."""
 
     def __init__(self, sizes: dict[str, Any], device: str, out: Path, rounds: int) -> None:
@@ -57,12 +56,6 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "window.jsonl").open("w")
         torch.manual_seed(0)
-
-    def say(self, what: str, **figures: object) -> None:
-        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
-        print(f"{what:58s} " + "  ".join(shown), flush=True)
-        self.log.write(json.dumps({"what": what, **figures}) + "\n")
-        self.log.flush()
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)

@@ -1,8 +1,10 @@
-"""How the benchmarks time."""
+"""How the benchmarks time, and how they say what they found."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import IO
 
 import torch
 
@@ -34,3 +36,15 @@ def medians(
                 took = 1e3 * (time.perf_counter() - began)
             times[name].append(took / calls)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+class Says:
+    """Mixed into a benchmark: a line on the screen and in `log`, as it comes."""
+
+    log: IO[str]
+
+    def say(self, what: str, **figures: object) -> None:
+        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
+        print(f"{what:58s} " + "  ".join(shown), flush=True)
+        self.log.write(json.dumps({"what": what, **figures}) + "\n")
+        self.log.flush()
