@@ -12,7 +12,10 @@ DIR/window.jsonl as they come.
 """
 
 import argparse
+import math
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +28,15 @@ from torch import Tensor
 
 from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Site
 from diffaccel.cache import Entries
-from diffaccel.kernel import KERNELS
-from diffaccel.kernel.boxes import over_boxes
+from diffaccel.kernel import KERNELS, Partial
+from diffaccel.kernel.boxes import Boxes, over_boxes
 
 FULL: dict[str, Any] = {
     "heads": 12,
     "dim": 128,
     "grids": (Grid(21, 68, 120), Grid(9, 136, 240)),
     "size": (31, 53),
-    "tiles": ((31, 53), (17, 30), (17, 20), (8, 12), (8, 8), (4, 8), (2, 4)),
+    "tiles": ((31, 53), (17, 30), (17, 20), (8, 12), (8, 8), (4, 6), (2, 4), (2, 3), (1, 1)),
     "layers": 2,
 }
 TOY: dict[str, Any] = {
@@ -45,6 +48,17 @@ TOY: dict[str, Any] = {
     "layers": 1,
 }
 CHECKED = 64  # queries that are compared with attention written out
+PUBLISHED = "published, flex over single tokens"
+
+
+class Copies:
+    """In place of a kernel: what is left is the copying."""
+
+    name = "copies alone"
+
+    @staticmethod
+    def partial(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
+        return Partial(torch.empty_like(q), torch.empty(q.shape[:-1], device=q.device))
 
 
 class Bench(Says):
@@ -73,28 +87,32 @@ class Bench(Says):
             f"dense, {x.name}": lambda x=x: x.partial(q, k, v, scale=scale) for x in kernels
         }
         read = dict.fromkeys(arms, float(grid.tokens))
-        fast = kernels[-1] if "fa3" in [x.name for x in kernels] else kernels[0]
         window = InwardWindow(self.sizes["size"])
         flex = self.published(window, grid, q, k, v, scale)
         if flex is not None:
-            arms["published: flex, single tokens"] = flex
-            read["published: flex, single tokens"] = float(grid.frames * window.size[0] * window.size[1])  # type: ignore[index]
+            arms[PUBLISHED] = flex
+            read[PUBLISHED] = float(grid.frames * self.sizes["size"][0] * self.sizes["size"][1])
         for tile in self.sizes["tiles"]:
             boxes = InwardWindow(self.sizes["size"], tile).plan(q, entries, site)
-            for kernel in kernels:
+            assert isinstance(boxes, Boxes)
+            for kernel in [*kernels, Copies]:
                 name = f"tile {tile[0]}x{tile[1]}, {kernel.name}"
-                arms[name] = lambda kernel=kernel, boxes=boxes: over_boxes(kernel, q, entries, scale, boxes)  # type: ignore[arg-type]
-                read[name] = boxes.keys_read  # type: ignore[union-attr]
-                self.check(name, arms[name]().out, q, k, v, boxes, scale)
+                arms[name] = partial(over_boxes, kernel, q, entries, scale, boxes)
+                read[name] = boxes.keys_read
+                if kernel is not Copies:
+                    self.check(name, arms[name]().out, q, k, v, boxes, scale)
         times = medians(arms, self.rounds, self.device)
         best = min(ms for name, ms in times.items() if name.startswith("dense"))
-        own = {name: times.get(f"dense, {name.split(', ')[-1]}", times[f"dense, {fast.name}"]) for name in times}
         for name, ms in times.items():
+            tile, kernel_name = name.split(", ")
+            if kernel_name == Copies.name:
+                self.say(f"{grid}: {name}", ms=ms)
+                continue
+            own = times.get(f"dense, {kernel_name}", best)
             tflops = 4 * grid.tokens * read[name] * heads * dim / ms / 1e9
-            of_ratio = own[name] / ms / (grid.tokens / read[name])
             self.say(
-                f"{grid}: {name}", ms=ms, speedup=best / ms, tflops=tflops, of_flop_ratio=of_ratio,
-                over_published=times.get("published: flex, single tokens", float("nan")) / ms,
+                f"{grid}: {name}", ms=ms, speedup=best / ms, tflops=tflops,
+                of_flop_ratio=own / ms / (grid.tokens / read[name]), over_published=times.get(PUBLISHED, math.nan) / ms,
             )  # fmt: skip
 
     def check(self, name: str, found: Tensor, q: Tensor, k: Tensor, v: Tensor, boxes: Any, scale: float) -> None:
@@ -103,12 +121,12 @@ class Bench(Says):
         numbers = torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(1))[:CHECKED]
         index = torch.arange(grid.tokens).view(grid.frames, grid.height, grid.width)
         allowed = 4 * torch.finfo(self.dtype).eps * float(found.abs().max()) + 1e-5
-        for own, seen in boxes.pairs:
-            tokens = index[tuple(slice(*span) for span in own)].flatten()
+        for tiles in product(boxes.frames, boxes.rows, boxes.columns):
+            tokens, keys = (index[tuple(slice(*tile[which]) for tile in tiles)].flatten() for which in (0, 1))
             mine = tokens[torch.isin(tokens, numbers)].to(q.device)
             if not len(mine):
                 continue
-            keys = index[tuple(slice(*span) for span in seen)].flatten().to(q.device)
+            keys = keys.to(q.device)
             scores = torch.einsum("bshd,bnhd->bhsn", q[:, mine].float(), k[:, keys].float()) * scale
             expected = torch.einsum("bhsn,bnhd->bshd", scores.softmax(-1), v[:, keys].float())
             error = float((found[:, mine].float() - expected).abs().max())

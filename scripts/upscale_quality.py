@@ -48,15 +48,11 @@ class PlainWindow(InwardWindow):
         grid = site.grid
         frames = entries.count // grid.tokens_per_frame
         rows, columns = (
-            [((i, i + 1), (max(0, i - size // 2), min(length, i + size // 2 + 1))) for i in range(length)]
+            tuple(((i, i + 1), (max(0, i - size // 2), min(length, i + size // 2 + 1))) for i in range(length))
             for size, length in zip(self.size, (grid.height, grid.width), strict=True)
         )
-        pairs = tuple(
-            (((0, grid.frames), row[0], column[0]), ((0, frames), row[1], column[1]))
-            for row in rows
-            for column in columns
-        )
-        return Boxes(grid, Grid(frames, grid.height, grid.width), pairs, self.gather_mib << 20)
+        whole = (((0, grid.frames), (0, frames)),)
+        return Boxes(grid, Grid(frames, grid.height, grid.width), whole, rows, columns, self.gather_mib << 20)
 
 
 def arms_of(window: InwardWindow) -> dict[str, Accel]:

@@ -27,7 +27,7 @@ from diffaccel import (
 )
 from diffaccel.cache.entries import Entries
 from diffaccel.kernel import KERNELS
-from diffaccel.kernel.boxes import over_boxes
+from diffaccel.kernel.boxes import _progressions, over_boxes
 from diffaccel.kernel.weighted import over_entries
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
 from diffaccel.policy import Selector
@@ -150,32 +150,74 @@ def test_tiles_read_windows_of_one_size_in_the_past_too(tile, past, frames):
     assert boxes.keys_read == 15 * (keys.frames if frames is None else min(frames, keys.frames))
     found = over_boxes(SDPA, q, entries, 0.25, boxes)
     mask = torch.zeros(*(grid.frames, 8, 11), *(keys.frames, 8, 11), dtype=torch.bool)
-    for own, read in boxes.pairs:
-        mask[(*(slice(*span) for span in own), *(slice(*span) for span in read))] = True
+    for tiles in itertools.product(boxes.frames, boxes.rows, boxes.columns):
+        mask[tuple(slice(*tile[which]) for which in (0, 1) for tile in tiles)] = True
     exact, _ = attention64(q, entries.k, entries.v, scale=0.25, mask=mask.view(grid.tokens, keys.tokens))
     assert_within(found.out, exact, torch.float32)
     if tile == (1, 1):
         assert torch.equal(mask.view(grid.tokens, keys.tokens), mask_of(window, grid, keys, past))
 
 
-def test_no_more_is_gathered_at_a_time_than_allowed(monkeypatch):
+def test_no_more_is_copied_at_a_time_than_allowed_and_what_tiles_share_is_copied_once():
     grid = Grid(2, 16, 16)
     q, entries = queries_of(grid, heads=8, dim=64), entries_of(grid, heads=8, dim=64)
-    sizes = []
+    strip = 2 * 2 * 5 * 16 * 2 * 8 * 64 * 4  # keys and values of two frames, five rows, in two videos
+    copied, read = [], []
 
     class Watched:
         @staticmethod
         def partial(q, k, v, **given):
-            sizes.append(2 * k.numel() * k.element_size())
+            copied.append(2 * k.untyped_storage().nbytes())
+            read.append(2 * k.numel() * k.element_size())
             return SDPA.partial(q, k, v, **given)
 
-    plans = [InwardWindow((5, 5), gather_mib=mib).plan(q, entries, site_of(grid)) for mib in (1, 1024)]
-    alike = {tuple(b - a for a, b in own) for own, _ in plans[0].pairs}
-    found = [over_boxes(Watched, q, entries, 0.1, plan) for plan in plans]
-    one = 2 * 2 * 2 * 25 * 8 * 64 * 4
-    assert one < max(sizes[: len(sizes) - len(alike)]) <= 2**20
-    torch.testing.assert_close(found[0].out, found[1].out)
-    assert len(sizes) > 2 * len(alike)
+    found = {}
+    for mib, strips in ((1, 1), (2, 1), (3, 2), (1024, 10)):  # ten rows of queries that no border shifts
+        boxes = InwardWindow((5, 5), gather_mib=mib).plan(q, entries, site_of(grid))
+        found[mib] = over_boxes(Watched, q, entries, 0.1, boxes)
+        assert max(copied) == strips * strip
+        assert max(read) == strips * strip * 10 * 5 // 16  # ten windows of five columns, which overlap
+        assert len(copied) == 2 * (-(-10 // strips) + -(-2 // strips))  # tiles between the borders, and those at them
+        copied.clear(), read.clear()
+        torch.testing.assert_close(found[mib], found[1])
+
+
+def test_strips_run_where_less_is_copied():
+    grid = Grid(2, 16, 24)
+    boxes = {tile: InwardWindow((7, 7), tile).plan(None, entries_of(grid), site_of(grid)) for tile in ((1, 7), (7, 1))}
+    assert not boxes[1, 7].along_columns
+    assert boxes[7, 1].along_columns
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa3", "sdpa"])
+@pytest.mark.parametrize("tile", [(1, 1), (2, 3), (5, 7)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(3, 11, 13), Grid(2, 24, 17)], ids=str)
+@pytest.mark.parametrize("mib", [1, 1024])
+def test_overlapping_windows_are_read_in_place_by_the_kernels_of_a_gpu(name, tile, grid, mib):
+    kernel = KERNELS[name]
+    if why := kernel.unusable(torch.device("cuda"), torch.bfloat16, 64):
+        pytest.skip(why)
+    q, k, v = (torch.randn(2, grid.tokens, heads, 64, device="cuda").bfloat16() for heads in (4, 4, 4))
+    boxes = InwardWindow((5, 7), tile, gather_mib=mib).plan(q, Entries(k, v, grid.frame_of_token()), site_of(grid))
+    found = over_boxes(kernel, q, Entries(k, v), 0.2, boxes)
+    mask = torch.zeros(2 * (grid.frames, grid.height, grid.width), dtype=torch.bool)
+    for tiles in itertools.product(boxes.frames, boxes.rows, boxes.columns):
+        mask[tuple(slice(*tile[which]) for which in (0, 1) for tile in tiles)] = True
+    exact, lse = attention64(q, k, v, scale=0.2, mask=mask.view(grid.tokens, grid.tokens).cuda())
+    assert_within(found.out, exact, torch.bfloat16)
+    assert_within(found.lse, lse, torch.bfloat16)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=9, unique=True))
+@settings(max_examples=200, deadline=None)
+def test_batches_hold_every_tile_once_at_equal_distances(starts):
+    tiles = [((a, a + 2), (b, b + 5)) for a, b in sorted(starts)]
+    found = _progressions(tiles)
+    assert sorted(itertools.chain(*found)) == tiles
+    for batch in found:
+        assert len({(b[0][0] - a[0][0], b[1][0] - a[1][0]) for a, b in itertools.pairwise(batch)}) <= 1
+    assert len(found[0]) >= min(2, len(tiles))
 
 
 def test_a_window_as_large_as_the_frame_reads_all_and_along_one_axis_the_other_is_cut():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cache.entries import Entries
 from ..grid import Grid
-from ..kernel.boxes import Boxes, Span
+from ..kernel.boxes import Boxes, Tile
 from ..policy import Policy, Selector, knob
 from ..site import Site
 
@@ -26,7 +26,7 @@ class InwardWindow(Selector):
 
     The window is centred on the query and, near a border, shifted inward as a whole, so that every query reads equally
     many keys at offsets that training knew. A tile of queries shares the window centred on it, which is many times
-    faster; a tile of one token is the paper's. Tiles of a row or column that does not divide differ by a token.
+    faster; a tile of one token is the paper's. What does not divide into tiles is left to the borders.
 
     Where the frame is no larger than the window along an axis it is read whole along that axis; where it is no larger
     along both, nothing is left out and the run says that the window never engaged.
@@ -140,20 +140,17 @@ def _boxes(window: InwardWindow, grid: Grid, keys: Grid, first: int) -> Boxes | 
     frames = whole if window.frames is None else spans(grid.frames, 1, window.frames, first, keys.frames)
     if len(frames) == len(rows) == len(columns) == 1 and frames[0][1] == (0, keys.frames):
         return None
-    pairs = tuple(
-        (tuple(own for own, _ in axes), tuple(read for _, read in axes)) for axes in product(frames, rows, columns)
-    )
-    return Boxes(grid, keys, pairs, window.gather_mib << 20)  # type: ignore[arg-type]
+    return Boxes(grid, keys, tuple(frames), tuple(rows), tuple(columns), window.gather_mib << 20)
 
 
-def spans(queries: int, tile: int, window: int, first: int = 0, keys: int | None = None) -> list[tuple[Span, Span]]:
+def spans(queries: int, tile: int, window: int, first: int = 0, keys: int | None = None) -> list[Tile]:
     """Along one axis: tiles of `queries` tokens, and the `window` of `keys` (all of them where it is larger) that each
     reads, centred on it and shifted inward. Query 0 is at key `first`. Neighbours that read the same are one tile."""
     keys = queries if keys is None else keys
     window = min(window, keys)
-    count = -(-queries // tile)
-    borders = [number * queries // count for number in range(count + 1)]
-    found: list[tuple[Span, Span]] = []
+    tile = min(tile, queries)
+    borders = sorted({0, *range(queries % tile // 2, queries + 1, tile), queries})
+    found: list[Tile] = []
     for start, stop in pairwise(borders):
         left = min(max((2 * first + start + stop - window) // 2, 0), keys - window)
         read = (left, left + window)
