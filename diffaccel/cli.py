@@ -292,10 +292,13 @@ def upscale(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k; of VIDEO the first ones")] = None,
     tile: Annotated[
-        str | None, typer.Option(metavar="RxC", help="rows x columns of tokens that share a window  [default: a third]")
+        str | None,
+        typer.Option(metavar="RxC", help="rows x columns of tokens that share a window  [default: a quarter]"),
     ] = None,
     guide_every: Annotated[int, typer.Option(help="steps between passes over the whole frame")] = 2,
-    field_pool: Annotated[int, typer.Option(help="side of the squares of keys that these passes read as one")] = 1,
+    guide_field: Annotated[
+        str, typer.Option(help="these passes see it at the native size, or token by token (native or whole)")
+    ] = "native",
     no_guide: Annotated[bool, typer.Option("--no-guide", help="windows alone")] = False,
     hold: Annotated[str, typer.Option(help="where what guides is kept: device, int8 or host")] = "device",
     strength: Annotated[float, typer.Option(help="share of the steps that are run again, in (0, 1]")] = 0.7,
@@ -354,7 +357,7 @@ def upscale(
             native=(base[1], base[0]),
             tile=None if cut is None else (int(cut[1]), int(cut[2])),
             guide_every=None if no_guide else guide_every,
-            field_pool=field_pool,
+            guide_field=guide_field,
             hold=hold,
         )
         big.check(height, width, strength)
@@ -379,7 +382,7 @@ def upscale(
             strength=strength,
             guidance=settings.get("guidance_scale", 5.0),
         )
-        check_memory(big, height, width, count)
+        check_memory(big, height, width, count, branches=2 if settings.get("guidance_scale", 5.0) > 1 else 1)
         typer.echo(
             f"{start[0]}x{start[1]} to {width}x{height}: a window reads {expected.share:.0%} of a frame; "
             f"{expected.forwards} forwards, {expected.passes} of them over the whole field; about "

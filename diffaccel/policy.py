@@ -141,6 +141,10 @@ class ReusePolicy(Policy):
         is used but what `cross` kept. Asked once a forward."""
         return False
 
+    def field(self, grid: "Grid") -> "Grid":
+        """Of such a forward, where the one that follows has `grid`."""
+        return grid
+
     def bytes_held(self, run: "Run") -> int:
         """What it keeps on the device beside stored partials."""
         return 0
@@ -168,11 +172,11 @@ class Selector(Policy):
     """Slots window (by position) and selection (by content): what may a query read?"""
 
     @abstractmethod
-    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | Entries | None":
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | None":
         """Which of `entries` the queries (B, S, H, D) read; None for all of them.
 
-        A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys, what
-        lies near on the grid of tokens as boxes, what is read in place of all as other entries.
+        A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys, and what
+        lies near on the grid of tokens as boxes.
         """
 
     def scale(self, site: "Site") -> float:

@@ -29,7 +29,7 @@ from .policy import Answer, CachePolicy
 from .report import Report, SlotReport, environment
 from .reuse.history import History, index, without
 from .selection.blocks import Chosen, over_blocks, path
-from .site import Part, Phase, Site
+from .site import FIELD, Part, Phase, Site
 
 if TYPE_CHECKING:
     from .accel import Accel
@@ -86,7 +86,7 @@ class Run:
         self._idle: dict[str, str] = {}
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
-        self._looking = False
+        self._looking, self._apart = False, ""
 
     # -- told by a pipeline that generates block by block ---------------------------------------------------------
 
@@ -163,6 +163,7 @@ class Run:
         if self._began is None:
             self._began = time.perf_counter()
         looking = self._looking
+        branch = f"{branch or 'main'}{self._apart}"
         if self._told:
             self._where = replace(self._where, grid=grid, text=text, full_field=looking)
             self.longest_past = max(self.longest_past, self._where.start / grid.frames)
@@ -170,7 +171,7 @@ class Run:
             if step is None or steps is None:
                 step, steps = _progress(getattr(self.pipe, "scheduler", None))
             where = replace(_NOWHERE, grid=grid, text=text, full_field=looking)
-            self._where = replace(where, branch=branch or "main", step=step, steps=steps)
+            self._where = replace(where, branch=branch, step=step, steps=steps)
             self.steps, self.blocks = max(self.steps, steps), max(self.blocks, 1)
         self._sites.clear()
         self._chosen_bytes[self._where.branch] = 0
@@ -182,13 +183,16 @@ class Run:
         return not self._looking and reuse is not None and reuse.looks_first(self._where, self)
 
     @contextmanager
-    def full_field(self) -> Iterator[None]:
-        """The forward inside reads the whole field."""
-        self._looking = True
+    def full_field(self) -> Iterator[Grid]:
+        """The forward inside reads the whole field; gives its grid. On a smaller one it is a branch of its own."""
+        assert self.accel.reuse is not None
+        before, grid = self._where, self.accel.reuse.field(self._where.grid)
+        self._looking, self._apart = True, FIELD if grid != before.grid else ""
+        self._where = replace(before, branch=before.branch + self._apart)
         try:
-            yield
+            yield grid
         finally:
-            self._looking = False
+            self._looking, self._apart, self._where = False, "", before
 
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
@@ -207,7 +211,8 @@ class Run:
         self._max_tokens = max([self._max_tokens, *(memory.count for memory in memories)])
         size = sum(memory.bytes for memory in self._memories.values())
         self._note_bytes("cache", size)
-        self._note_block(memories, size)
+        if not self._looking:
+            self._note_block(memories, size)
 
     def prepare_prompt(self, text_BND: Tensor) -> Tensor:
         """The prompt embeddings this forward should see; works once for each tensor and branch, not once a step."""
@@ -286,7 +291,8 @@ class Run:
     def memory(self, site: Site) -> Memory:
         key = (site.branch, site.layer)
         if key not in self._memories:
-            block = site.grid if self.extent is None else self.extent.block  # the first block may be a short one
+            frames = site.grid.frames if self.extent is None else self.extent.block.frames  # the first may be short
+            block = replace(site.grid, frames=frames)
             tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, block)
             self._memories[key] = Memory(tokens, self.cache.needs_queries, self.observer)
         return self._memories[key]
@@ -520,9 +526,6 @@ class Call:
                 continue
             self.run.fired(selector.slot)
             self.chose = True
-            if isinstance(found, Entries):
-                self._count(q, found.count)
-                return over_entries(kernel, q, found, scale, None)
             if isinstance(found, Boxes):
                 self._count(q, found.keys_read)
                 return over_boxes(kernel, q, entries, scale, found)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Part = Literal["self", "cross"]
 Phase = Literal["denoise", "clean"]
+FIELD = ", whole field"
+"""Behind a branch's name: its forwards over the whole field, where their tokens and so their past are others."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a larger video will take, and making it: what `diffaccel upscale` does."""
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -39,8 +40,7 @@ def estimate(
     """Counts operations, and times one forward of the native size to know how long they take here."""
     pipe = big.pipe
     causal = bool(getattr(pipe, "block_causal", False))
-    frames = 1 + (num_frames - 1) // pipe.vae_scale_factor_temporal
-    block = min(frames, pipe.config["frames_per_block"]) if causal else frames
+    frames, block = 1 + (num_frames - 1) // pipe.vae_scale_factor_temporal, big.frames_at_once(num_frames)
     blocks = -(-frames // block)
     run = max(1, int(steps * strength))
     branches = 2 if guidance > 1 else 1
@@ -51,7 +51,7 @@ def estimate(
     seen = min(rows, big.window[0]) * min(columns, big.window[1])
     past = frames / 2 if causal and blocks > 1 else 0.0  # on average
 
-    def work(rows: int, columns: int, keys: int, past: float) -> float:
+    def work(rows: int, columns: int, keys: int, past: float = past) -> float:
         """Multiplications and additions of one forward of a block whose queries read `keys` tokens of every frame."""
         config = pipe.transformer.config
         size, tokens = config.num_attention_heads * config.attention_head_dim, block * rows * columns
@@ -60,9 +60,9 @@ def estimate(
 
     native = big.tokens(*big.native)
     speed = work(*native, native[0] * native[1], 0.0) / _seconds_of_a_forward(pipe, Grid(block, *native))
-    pool = big.accel.window.field_pool
-    field = -(-rows // pool) * -(-columns // pool)
-    total = ordinary * work(rows, columns, seen, past) + passes * work(rows, columns, field, past)
+    total = ordinary * work(rows, columns, seen)
+    if passes:
+        total += passes * work(*(field := big.field(height, width)), field[0] * field[1])
     return Estimate(
         forwards=ordinary + passes,
         passes=passes,
@@ -72,16 +72,35 @@ def estimate(
     )
 
 
-def check_memory(big: "FreeSwimPipeline", height: int, width: int, num_frames: int) -> None:
-    """Raise `KnobError` where what the guide keeps does not fit, with the smallest change after which it does."""
+def work_bytes(big: "FreeSwimPipeline", height: int, width: int, num_frames: int, branches: int = 2) -> int:
+    """About what denoising takes beside the weights: the widest activations of a forward, and the past of a causal
+    model for each branch of guidance."""
+    config, itemsize = big.pipe.transformer.config, big.pipe.transformer.dtype.itemsize
+    size, per_frame = config.num_attention_heads * config.attention_head_dim, math.prod(big.tokens(height, width))
+    at_once, past = big.frames_at_once(num_frames), 0
+    if getattr(big.pipe, "block_causal", False):
+        frames = 1 + (num_frames - 1) // big.pipe.vae_scale_factor_temporal
+        past = branches * frames * 2 * config.num_layers * size * itemsize
+    # what a feed-forward layer takes and gives, and about four activations in fp32: 9.6 GiB where 9.2 were measured
+    return int(per_frame * (at_once * (2 * config.ffn_dim * itemsize + 16 * size) + past))
+
+
+def check_memory(big: "FreeSwimPipeline", height: int, width: int, num_frames: int, branches: int = 2) -> None:
+    """Raise `KnobError` where denoising and what the guide keeps do not fit, with the smallest change that helps."""
     free = free_bytes(big.pipe.transformer.device)
-    kept, rounded = (big.kept_bytes(height, width, num_frames, hold) for hold in (None, "int8"))
-    if kept <= free:
+
+    def fits(frames: int, hold: str | None = None) -> bool:
+        return work_bytes(big, height, width, frames, branches) + big.kept_bytes(height, width, frames, hold) <= free
+
+    if fits(num_frames):
         return
-    remedy = "--hold int8" if rounded <= free else "--hold host"
+    fewer = range(num_frames - 4, 0, -big.pipe.vae_scale_factor_temporal)
+    remedies = [f"--hold {hold}" for hold in ("int8", "host") if big.accel.reuse is not None and fits(num_frames, hold)]
+    remedies += [f"--frames {frames}" for frames in fewer if fits(frames)]
+    work, kept = work_bytes(big, height, width, num_frames, branches), big.kept_bytes(height, width, num_frames)
     raise KnobError(
-        f"the cross-attention kept between passes takes {kept / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
-        f"use {remedy}, or a smaller frame"
+        f"denoising takes about {work / 2**20:.1f} MiB and what guides {kept / 2**20:.1f} MiB, of which "
+        f"{free / 2**20:.1f} MiB are free; use {remedies[0] if remedies else 'a smaller frame'}"
     )
 
 

@@ -8,7 +8,8 @@ frames = big("a paper boat in the rain", height=1088, width=1920).frames
 A video of the native size, made from the prompt or given, is enlarged as pixels, noised, and denoised again. There
 every query sees a window of the native size (`InwardWindow`), so that the model meets what it was trained on, and
 attention to the prompt comes from passes over the whole frame (`FullFieldGuide`), so that each part of it does not show
-all that the prompt names.
+all that the prompt names. Those passes run on the native grid here, the whole frame seen from afar; the published ones
+read all of its tokens, at distances that the model never met.
 """
 
 import inspect
@@ -30,7 +31,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
-from diffaccel import Accel, FullFieldGuide, InwardWindow, Run
+from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Run
 from diffaccel.errors import KnobError, UnsupportedError
 from diffaccel.video import to_uint8
 
@@ -47,18 +48,17 @@ class FreeSwimPipeline:
     Args:
         pipe: `WanPipeline`, `WanVideoToVideoPipeline` or `CausalWanPipeline`. It is used, not changed.
         native: height and width in pixels that the model was trained on; its window has the next odd number of tokens.
-        tile: rows and columns of queries that share a window, (1, 1) as published; by default a third of the window.
+        tile: rows and columns of queries that share a window, (1, 1) as published; by default a quarter of the window.
             Larger tiles are faster and may show where they meet.
         guide_every: steps between passes over the whole field; None makes none, which is a plain local window.
-        field_pool: side of the squares of keys that a pass over the whole field reads as one mean; 1 reads every key,
-            as published. With 2 a pass reads a quarter and, on the bundled model, steers about as well.
+        guide_field: "native", such passes see the frame at the native size, or "whole", token by token as published.
         ratio: of `InwardWindow`.
         hold: of `FullFieldGuide`.
         accel: what else to run with, such as `Accel(prompt=PadCollapse())`; its window and reuse must be free.
 
     Raises:
         UnsupportedError: another pipeline, or an Accel with a window or reuse of its own.
-        KnobError: a native size that is not a multiple of 16.
+        KnobError: a native size that is not a multiple of 16, or another `guide_field`.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class FreeSwimPipeline:
         native: tuple[int, int] = (480, 832),
         tile: tuple[int, int] | None = None,
         guide_every: int | None = 2,
+        guide_field: str = "native",
         ratio: float = 2.0,
-        field_pool: int = 1,
         hold: str = "device",
         accel: Accel | None = None,
     ) -> None:
@@ -89,11 +89,28 @@ class FreeSwimPipeline:
         self.pipe, self.native = pipe, native
         self._check_size(*native)
         rows, columns = (tokens // 2 * 2 + 1 for tokens in self.tokens(*native))
-        tile = (max(1, rows // 3), max(1, columns // 3)) if tile is None else tile
+        tile = (max(1, rows // 4), max(1, columns // 4)) if tile is None else tile
         self.window = rows, columns
-        window = InwardWindow(self.window, tile, ratio=ratio, field_pool=field_pool)
+        window = InwardWindow(self.window, tile, ratio=ratio)
+        if guide_field not in ("native", "whole"):
+            raise KnobError(f'guide_field is "native" or "whole", got {guide_field!r}')
         guide = None if guide_every is None else FullFieldGuide(every=guide_every, hold=hold)
+        self.guide_field = guide_field
         self.accel: Any = replace(accel, window=window, reuse=guide)
+
+    def accel_for(self, height: int, width: int) -> Accel:
+        """`accel` as it is for a video of that size."""
+        guide = self.accel.reuse
+        if guide is None or self.guide_field == "whole":
+            return self.accel
+        shrink = max(1.0, min(height / self.native[0], width / self.native[1]))
+        return replace(self.accel, reuse=replace(guide, shrink=shrink))
+
+    def field(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens that the guide's passes see."""
+        guide: Any = self.accel_for(height, width).reuse
+        grid = guide.field(Grid(1, *self.tokens(height, width)))
+        return grid.height, grid.width
 
     def kept_bytes(self, height: int, width: int, num_frames: int, hold: str | None = None) -> int:
         """What the guide keeps on the device between its passes, of the frames that go through the model together."""
@@ -101,14 +118,17 @@ class FreeSwimPipeline:
         hold = hold or (guide and guide.hold)
         if hold in (None, "host"):
             return 0
-        rows, columns = self.tokens(height, width)
-        frames = 1 + (num_frames - 1) // self.pipe.vae_scale_factor_temporal
-        if isinstance(self.pipe, CausalWanPipeline):
-            frames = min(frames, self.pipe.config["frames_per_block"])
+        rows, columns = self.field(height, width)
+        frames = self.frames_at_once(num_frames)
         heads = config.num_attention_heads
         width = config.attention_head_dim
         entry = width + 4 if hold == "int8" else width * self.pipe.transformer.dtype.itemsize
         return int(config.num_layers * frames * rows * columns * heads * entry)
+
+    def frames_at_once(self, num_frames: int) -> int:
+        """Latent frames of so many pixel frames that go through the model together."""
+        frames = 1 + (num_frames - 1) // int(self.pipe.vae_scale_factor_temporal)
+        return min(frames, self.pipe.config["frames_per_block"]) if isinstance(self.pipe, CausalWanPipeline) else frames
 
     def check(self, height: int, width: int, strength: float = 0.7) -> None:
         """Raise `KnobError` for a size or strength that a call would refuse."""
@@ -192,7 +212,7 @@ class FreeSwimPipeline:
         given["callback_on_step_end"] = callback_on_step_end
         blockwise = isinstance(self.pipe, CausalWanPipeline)
         target = self.pipe if blockwise else self._video_to_video(flow_shift)
-        with self.accel(target) as run, _tiled(target.vae, vae_tiling):
+        with self.accel_for(height, width)(target) as run, _tiled(target.vae, vae_tiling):
             if blockwise:
                 given |= self._noised(frames, strength, flow_shift, given)
                 result = target(prompt, num_frames=len(frames), **given)

@@ -6,13 +6,14 @@
 One self-attention of Wan2.1-1.3B (12 heads of 128) over all frames at once, at 1088x1920 with 81 frames (21 x 68 x 120
 tokens) and 2176x3840 with 33 (9 x 136 x 240), windows of 31 x 53. Arms: dense with every kernel there is, the published
 execution (flex attention under a mask of single tokens in raster order), and boxes by tile. Useful TFLOP/s count the
-pairs that the window reads. Then a denoising step with guidance at the first size, random weights, two layers (the
-others are alike): dense, windows alone, and passes over the whole field at every P-th step. Results go to
-DIR/window.jsonl as they come.
+pairs that the window reads. Then a denoising step with guidance at the first size, random weights, of two layers with
+all arms alternating and of 30 once: dense, as published (two rows), windows alone, and guided at every P-th step by
+passes over the whole field or over the native one. Results go to DIR/window.jsonl as they come.
 """
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -25,19 +26,27 @@ from bench_seam import SHAPES
 from diffusers import WanTransformer3DModel
 from timing import Says, medians
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Site
 from diffaccel.cache import Entries
 from diffaccel.kernel import KERNELS, Partial
 from diffaccel.kernel.boxes import Boxes, over_boxes
+from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
+from diffaccel.rotary import rotate
+
+Step = Callable[[int], list[Tensor]]
+"""Runs so many steps; gives what the two forwards of the last one made."""
 
 FULL: dict[str, Any] = {
     "heads": 12,
     "dim": 128,
     "grids": (Grid(21, 68, 120), Grid(9, 136, 240)),
     "size": (31, 53),
-    "tiles": ((31, 53), (17, 30), (17, 20), (8, 12), (8, 8), (4, 6), (2, 4), (2, 3), (1, 1)),
-    "layers": 2,
+    "tiles": ((31, 53), (17, 30), (17, 20), (7, 13), (8, 8), (4, 6), (2, 3), (1, 1)),
+    "tile": (7, 13),
+    "layers": (2, 30),
 }
 TOY: dict[str, Any] = {
     "heads": 2,
@@ -45,7 +54,8 @@ TOY: dict[str, Any] = {
     "grids": (Grid(2, 10, 12),),
     "size": (5, 7),
     "tiles": ((5, 7), (2, 3), (1, 1)),
-    "layers": 1,
+    "tile": (1, 2),
+    "layers": (1, 2),
 }
 CHECKED = 64  # queries that are compared with attention written out
 PUBLISHED = "published, flex over single tokens"
@@ -59,6 +69,30 @@ class Copies:
     @staticmethod
     def partial(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Partial:
         return Partial(torch.empty_like(q), torch.empty(q.shape[:-1], device=q.device))
+
+
+def published_mask(window: InwardWindow, grid: Grid, device: torch.device) -> BlockMask:
+    """The window of every token by itself, in the tokens' own order, for flex attention: as the authors run it."""
+    assert window.size is not None
+    (rows, columns), height, width = window.size, grid.height, grid.width
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        place, other = query % (height * width), key % (height * width)
+        top = (place // width - rows // 2).clamp(0, height - rows)
+        left = (place % width - columns // 2).clamp(0, width - columns)
+        row, column = other // width, other % width
+        return (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
+
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(seen, None, None, grid.tokens, grid.tokens, device=device)
+
+
+def flex(*parts: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    run = compiled_flex if parts[0].is_cuda else flex_attention  # on the CPU it is written out
+    return run(*parts, block_mask=block_mask, scale=scale)  # type: ignore[return-value]
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 class Bench(Says):
@@ -88,9 +122,9 @@ class Bench(Says):
         }
         read = dict.fromkeys(arms, float(grid.tokens))
         window = InwardWindow(self.sizes["size"])
-        flex = self.published(window, grid, q, k, v, scale)
-        if flex is not None:
-            arms[PUBLISHED] = flex
+        if self.device.type == "cuda":
+            mask, parts = published_mask(window, grid, self.device), [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+            arms[PUBLISHED] = partial(flex, *parts, block_mask=mask, scale=scale)
             read[PUBLISHED] = float(grid.frames * self.sizes["size"][0] * self.sizes["size"][1])
         for tile in self.sizes["tiles"]:
             boxes = InwardWindow(self.sizes["size"], tile).plan(q, entries, site)
@@ -120,7 +154,7 @@ class Bench(Says):
         grid = boxes.queries
         numbers = torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(1))[:CHECKED]
         index = torch.arange(grid.tokens).view(grid.frames, grid.height, grid.width)
-        allowed = 4 * torch.finfo(self.dtype).eps * float(found.abs().max()) + 1e-5
+        allowed = 2 * torch.finfo(self.dtype).eps * float(found.abs().max()) + 1e-5
         for tiles in product(boxes.frames, boxes.rows, boxes.columns):
             tokens, keys = (index[tuple(slice(*tile[which]) for tile in tiles)].flatten() for which in (0, 1))
             mine = tokens[torch.isin(tokens, numbers)].to(q.device)
@@ -133,84 +167,172 @@ class Bench(Says):
             if not error <= allowed:
                 raise SystemExit(f"RED: {name}: off by {error:.3g} of {allowed:.3g}")
 
-    def published(
-        self, window: InwardWindow, grid: Grid, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Callable[[], Any] | None:
-        """Flex attention as the paper's authors run it: the window of every token, in raster order."""
-        if self.device.type != "cuda":
-            return None
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        assert window.size is not None
-        (rows, columns), height, width = window.size, grid.height, grid.width
-
-        def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            place, other = query % (height * width), key % (height * width)
-            top = (place // width - rows // 2).clamp(0, height - rows)
-            left = (place % width - columns // 2).clamp(0, width - columns)
-            row, column = other // width, other % width
-            return (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
-
-        compiled = torch.compile(flex_attention, dynamic=False)
-        try:
-            mask = create_block_mask(seen, None, None, grid.tokens, grid.tokens, device=self.device, _compile=True)
-            parts = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-            compiled(*parts, block_mask=mask, scale=scale)
-        except Exception as error:
-            self.say(f"{grid}: flex cannot run it", why=str(error).splitlines()[0][:120])
-            return None
-        return lambda: compiled(*parts, block_mask=mask, scale=scale)
-
     # -- a denoising step -----------------------------------------------------------------------------------------
 
-    def step(self, grid: Grid) -> None:
-        """Milliseconds a step of two forwards (with and without the prompt), over as many steps as `every` repeats."""
+    def model(self, layers: int) -> WanTransformer3DModel:
         shape = SHAPES["wan-1.3b" if self.device.type == "cuda" else "toy"]
-        heads, dim = self.sizes["heads"], self.sizes["dim"]
         with torch.device(self.device):
             model = WanTransformer3DModel(
-                num_attention_heads=heads, attention_head_dim=dim, ffn_dim=shape["ffn"],
-                num_layers=self.sizes["layers"], text_dim=shape["text"], rope_max_seq_len=1024,
-            ).to(self.dtype).eval()  # fmt: skip
+                num_attention_heads=self.sizes["heads"], attention_head_dim=self.sizes["dim"], ffn_dim=shape["ffn"],
+                num_layers=layers, text_dim=shape["text"], rope_max_seq_len=1024,
+            )  # fmt: skip
+        for name, module in model.named_children():
+            if name != "rope":  # its tables stay fp32, as in a checkpoint that is loaded in bf16
+                module.to(self.dtype)
+        return model.eval()
+
+    def arms(self, model: WanTransformer3DModel, grid: Grid, window: InwardWindow) -> dict[str, tuple[int, Step]]:
+        """By name: steps until all repeats, and what makes one, given its number."""
         latents = self.draw(1, 16, grid.frames, 2 * grid.height, 2 * grid.width)
-        texts = [self.draw(1, 512, shape["text"]) for _ in range(2)]
-        tile = self.sizes["tiles"][2]
+        texts = [self.draw(1, 512, model.config["text_dim"]) for _ in range(2)]
+        times = torch.ones(1, device=self.device)
 
-        def forwards(latents: Tensor, texts: list[Tensor]) -> None:
-            for text in texts:
-                model(hidden_states=latents, timestep=torch.ones(1, device=self.device), encoder_hidden_states=text)
+        def forwards() -> list[Tensor]:
+            return [model(hidden_states=latents, timestep=times, encoder_hidden_states=text)[0] for text in texts]
 
-        def ours(every: int | None, pool: int = 1, steps: int = 10) -> Callable[[], object]:
-            window = InwardWindow(self.sizes["size"], tile, field_pool=pool)
-            guide = None if every is None else FullFieldGuide(every=every)
-
-            def run() -> None:
-                pipe = SimpleNamespace(transformer=model)
-                with Accel(window=window, reuse=guide)(pipe) as found:
+        def ours(accel: Accel) -> Step:
+            def run(steps: int) -> list[Tensor]:
+                found: list[Tensor] = []
+                with accel(SimpleNamespace(transformer=model)) as run:
                     for number in range(steps):
-                        found.pipe = SimpleNamespace(
-                            scheduler=SimpleNamespace(timesteps=range(steps), step_index=number, begin_index=0)
-                        )
-                        forwards(latents, texts)
+                        at = SimpleNamespace(timesteps=range(100), step_index=number, begin_index=0)
+                        run.pipe = SimpleNamespace(scheduler=at)
+                        found = forwards()
+                return found
 
             return run
 
-        def dense(steps: int = 10) -> None:
-            with Accel()(SimpleNamespace(transformer=model)):
-                for _ in range(steps):
-                    forwards(latents, texts)
-
-        arms: dict[str, Callable[[], object]] = {"dense": dense, "windows alone": ours(None)}
-        for every in (1, 2, 5):
-            arms[f"guided, P={every}"] = ours(every)
+        native = min(grid.height / (window.size[0] - 1), grid.width / (window.size[1] - 1))  # type: ignore[index]
+        found = {"dense": (1, ours(Accel())), "windows alone": (1, ours(Accel(window=window)))}
         for every in (2, 5):
-            arms[f"guided by a field pooled 2x2, P={every}"] = ours(every, 2)
-        with torch.no_grad():
-            times = medians(arms, max(1, self.rounds // 3), self.device)
-        for name, ms in times.items():
-            self.say(f"{grid}: a step, {name}", ms=ms / 10, speedup=times["dense"] / ms)
-        if self.device.type == "cuda":
-            self.say("peak memory", gib=torch.cuda.max_memory_allocated() / 2**30)
+            found[f"whole field, P={every}"] = every, ours(Accel(window=window, reuse=FullFieldGuide(every)))
+        for every, hold in ((1, "device"), (2, "device"), (2, "int8"), (2, "host"), (5, "device")):
+            guide = FullFieldGuide(every, shrink=native, hold=hold)
+            name = f"native field, P={every}" + ("" if hold == "device" else f", {hold}")
+            found[name] = every, ours(Accel(window=window, reuse=guide))
+        found["as published, P=2"] = 2, TwoRows.over(model, latents, texts, times, window, grid, every=2)
+        return found
+
+    def step(self, grid: Grid) -> None:
+        """A step of two forwards, with the prompt and without."""
+        size = self.sizes["size"]
+        model, small = self.model(1), Grid(grid.frames, size[0] + 3, size[1] + 2)
+        for attention in (model.blocks[0].attn1, model.blocks[0].attn2):
+            attention.to_out[0].weight.mul_(100)  # what steers is then seen through rounding
+        arms = self.arms(model, small, InwardWindow(size))
+        allowed = 2 * torch.finfo(self.dtype).eps + 1e-5
+        expected, found, other = (
+            arms[name][1](2) for name in ("as published, P=2", "whole field, P=2", "windows alone")
+        )
+        if not max(apart(one, two) for one, two in zip(expected, found, strict=True)) <= allowed:
+            raise SystemExit(f"RED: a guided step is not the published one: off by more than {allowed:.3g}")
+        if not apart(expected[0], other[0]) > 2 * allowed:
+            raise SystemExit("RED: the check would not have seen a step without the guide")
+        for layers in self.sizes["layers"]:
+            model = self.model(layers)
+            weights = sum(x.numel() * x.element_size() for x in model.parameters())
+            arms = self.arms(model, grid, InwardWindow(size, self.sizes["tile"]))
+            if layers == min(self.sizes["layers"]):
+                rounds = max(1, self.rounds // 3)
+                calls = {name: partial(run, steps) for name, (steps, run) in arms.items()}
+                times = medians(calls, rounds, self.device)
+            else:  # too long to be repeated; what launches first has been compiled
+                times = {name: self.once(name, partial(run, steps), weights) for name, (steps, run) in arms.items()}
+            times = {name: ms / arms[name][0] for name, ms in times.items()}
+            for name, ms in times.items():
+                self.say(
+                    f"{grid}, {layers} layers: a step, {name}", ms=ms, over_dense=times["dense"] / ms,
+                    over_published=times["as published, P=2"] / ms,
+                )  # fmt: skip
+
+    def once(self, name: str, run: Callable[[], object], weights: int) -> float:
+        """Milliseconds, and the memory at most beside the weights."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        ms = 1e3 * (time.perf_counter() - began)
+        self.say(f"  {name}", ms=ms, gib=(torch.cuda.max_memory_allocated() - weights) / 2**30 if cuda else math.nan)
+        return ms
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference over that of `one`."""
+    return float((one.float() - other.float()).norm() / one.float().norm())
+
+
+class TwoRows(WanAttnProcessor):  # type: ignore[misc]
+    """The published loop: row 0 sees windows, row 1 the whole field and lends row 0 its cross-attention."""
+
+    def __init__(self, state: dict[Any, Any], layer: int) -> None:
+        super().__init__()
+        self.state, self.layer = state, layer
+
+    @classmethod
+    def over(
+        cls,
+        model: Any,
+        latents: Tensor,
+        texts: list[Tensor],
+        times: Tensor,
+        window: InwardWindow,
+        grid: Grid,
+        every: int,
+    ) -> Step:
+        """Steps of `model` that way, the branch with the prompt first."""
+        state: dict[Any, Any] = {"scale": window.scale(SimpleNamespace(grid=grid))}  # type: ignore[arg-type]
+        attentions = [a for block in model.blocks for a in (block.attn1, block.attn2)]
+
+        def run(steps: int) -> list[Tensor]:
+            if "mask" not in state:
+                state["mask"] = published_mask(window, grid, latents.device)
+            before, found = [a.processor for a in attentions], []
+            for number, attention in enumerate(attentions):
+                attention.processor = cls(state, number)
+            try:
+                for step in range(steps):
+                    found = []
+                    for branch, text in enumerate(texts):
+                        state["steered"], state["guide"] = branch == 0, branch == 0 and step % every == 0
+                        rows = (x.expand(2, *x.shape[1:]) for x in (latents, times, text))
+                        given = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), rows, strict=True))
+                        found.append(model(**given)[0][:1])
+            finally:
+                for attention, processor in zip(attentions, before, strict=True):
+                    attention.processor = processor
+            return found
+
+        return run
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        state, cross = self.state, encoder_hidden_states is not None
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if rotary_emb is not None:
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5
+        if not cross:
+            scale *= state["scale"]
+            window = flex(q[:1], k[:1], v[:1], block_mask=state["mask"], scale=scale)
+            whole = scaled_dot_product_attention(q[1:], k[1:], v[1:], scale=scale) if state["guide"] else window
+            out = torch.cat([window, whole])
+        elif not state["steered"]:
+            out = scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            if state["guide"]:
+                state[self.layer] = scaled_dot_product_attention(q[1:], k[1:], v[1:], scale=scale)
+            out = state[self.layer].expand(2, -1, -1, -1)
+        return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -233,7 +355,8 @@ def main() -> None:
             for grid in bench.sizes["grids"]:
                 bench.attention(grid)
     if options.only != "attention":
-        bench.step(bench.sizes["grids"][0])
+        with torch.no_grad():
+            bench.step(bench.sizes["grids"][0])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class PlainWindow(InwardWindow):
         return Boxes(grid, Grid(frames, grid.height, grid.width), whole, rows, columns, self.gather_mib << 20)
 
 
-def arms_of(window: InwardWindow) -> dict[str, Accel]:
+def arms_of(window: InwardWindow, scale: float) -> dict[str, Accel]:
     """By how much of the method they have; the last ones differ in how it is run."""
     assert window.size is not None
     one = replace(window, tile=(1, 1))
@@ -70,6 +70,8 @@ def arms_of(window: InwardWindow) -> dict[str, Accel]:
         "guided, logits as they are": Accel(window=replace(one, ratio=1.0), reuse=guide(every=2)),
         "guided by a field pooled 2 x 2": Accel(window=replace(one, field_pool=2), reuse=guide(every=2)),
         "guided by a field pooled 3 x 3": Accel(window=replace(one, field_pool=3), reuse=guide(every=2)),
+        "natively guided": Accel(window=one, reuse=guide(every=2, shrink=scale)),
+        "natively guided every step": Accel(window=one, reuse=guide(every=1, shrink=scale)),
         "guided, tiles of half a window": Accel(window=half, reuse=guide(every=2)),
         "guided, tiles of a third": Accel(window=window, reuse=guide(every=2)),
     }
@@ -155,7 +157,7 @@ def main() -> None:
             size = {"height": scale * usual.height, "width": scale * usual.width}
             big = FreeSwimPipeline(pipe, native=(usual.height, usual.width))
             shown = {"the base video, enlarged": enlarge(base[:1], **size)[0]}
-            for name, accel in arms_of(big.accel.window).items():
+            for name, accel in arms_of(big.accel.window, scale).items():
                 if args.arms and not any(name.startswith(arm) for arm in args.arms):
                     continue
                 big.accel, began = accel, time.perf_counter()

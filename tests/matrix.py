@@ -78,7 +78,7 @@ MATRIX = [
     Row(Accel(window=InwardWindow(size=None)), Accel(window=InwardWindow((1, 2)))),
     Row(
         Accel(window=InwardWindow(size=None), reuse=FullFieldGuide(every=1)),
-        Accel(window=InwardWindow((2, 2), tile=(2, 2), frames=4), reuse=FullFieldGuide(every=2, hold="int8")),
+        Accel(window=InwardWindow((2, 2), tile=(2, 2), frames=4), reuse=FullFieldGuide(every=2, shrink=2)),
     ),
     Row(
         Accel(window=InwardWindow(size=None), reuse=FlashBlock(refresh=1)),

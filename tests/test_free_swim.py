@@ -14,6 +14,7 @@ from diffaccel import upscale as upscale_module
 from diffaccel.cli import app
 from diffaccel.pipelines import FreeSwimPipeline
 from diffaccel.pipelines.free_swim import enlarge
+from diffaccel.pipelines.loading import load
 from diffaccel.video import read_video, write_video
 
 NATIVE, LARGE = (32, 48), {"height": 64, "width": 96}
@@ -51,7 +52,7 @@ def test_block_by_block_it_is_the_noised_video_under_windows():
     clean = (pipe.vae.encode(pixels).latent_dist.mode() - mean) / std
     noise = torch.randn(clean.shape, generator=seeded())
     level = float(levels[0]) / 1000
-    with big.accel(pipe) as run:
+    with big.accel_for(64, 96)(pipe) as run:
         expected = pipe(
             PROMPT, latents=(1 - level) * clean + level * noise, timesteps=levels.tolist(), num_frames=9, **LARGE,
             guidance_scale=2.0, output_type="latent",
@@ -76,7 +77,7 @@ def test_at_once_it_is_diffusers_own_video_to_video(shift):
         ),
     )
     other.set_progress_bar_config(disable=True)
-    with big.accel(other):
+    with big.accel_for(64, 96)(other):
         frames = enlarge(clip(), 64, 96).astype(np.float32) / 255
         expected = other(frames, PROMPT, **LARGE, **settings, generator=seeded()).frames
     assert torch.equal(found, expected)
@@ -242,7 +243,7 @@ MISTAKES = [
     (["--scale", 2, "--fps", 0], "--fps must lie in (0, 240]"),
     (["--scale", 2, "--guidance", 1, "--negative", "red"], "--negative acts through guidance, which is 1"),
     (["--scale", 2, "--frames", 6], "the nearest valid values are 5 and 9"),
-    (["--scale", 2, "--field-pool", 0], "field_pool is a number of tokens >= 1"),
+    (["--scale", 2, "--guide-field", "half"], 'guide_field is "native" or "whole", got \'half\''),
     (["--scale", 2, "--guide-every", 0], "--guide-every is at least 1"),
     (["--scale", 2, "--strength", 0], r"strength is a share of the steps in (0, 1]"),
     (["--scale", 2, "--hold", "disk"], "choose one of device, int8, host"),
@@ -267,11 +268,27 @@ def test_a_file_that_is_not_there_or_no_video_is_refused(folder, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
 
 
-@pytest.mark.parametrize(("free", "remedy"), [(1 << 14, "--hold int8"), (1 << 10, "--hold host")])
-def test_what_does_not_fit_is_refused_with_the_smallest_change_that_would(folder, tmp_path, monkeypatch, free, remedy):
-    monkeypatch.setattr(upscale_module, "free_bytes", lambda device: free)
+@pytest.mark.parametrize("remedy", ["--hold int8", "--hold host", "--frames 5", "a smaller frame"])
+def test_what_does_not_fit_is_refused_with_the_smallest_change_that_would(folder, tmp_path, monkeypatch, remedy):
+    big = FreeSwimPipeline(load(folder), native=NATIVE)
+    need = {
+        f"--hold {hold}": upscale_module.work_bytes(big, 64, 96, 9) + big.kept_bytes(64, 96, 9, hold)
+        for hold in ("device", "int8", "host")
+    }
+    need["--frames 5"] = upscale_module.work_bytes(big, 64, 96, 5) + big.kept_bytes(64, 96, 5)
+    assert need["--frames 5"] < need["--hold host"] < need["--hold int8"] < need["--hold device"]
+    monkeypatch.setattr(upscale_module, "free_bytes", lambda device: need.get(remedy, 1))
     found = upscale(folder, PROMPT, "--scale", 2, "-o", tmp_path / "out.mp4")
     assert found.exit_code == 2
-    assert remedy in found.output
+    assert f"use {remedy}" in found.output
     assert not list(tmp_path.iterdir())
-    assert upscale(folder, PROMPT, "--scale", 2, "-o", tmp_path / "out.mp4", *remedy.split()).exit_code == 0
+    if remedy in need:
+        assert upscale(folder, PROMPT, "--scale", 2, "-o", tmp_path / "out.mp4", *remedy.split()).exit_code == 0
+
+
+def test_a_causal_model_keeps_the_past_of_every_branch():
+    causal, at_once = (FreeSwimPipeline(pipe, native=NATIVE) for pipe in (tiny_pipeline(), stock()))
+    two, one = (upscale_module.work_bytes(causal, 64, 96, 17, branches) for branches in (2, 1))
+    frames, tokens, layers, size = 5, 24, 2, 48
+    assert two - one == frames * tokens * layers * 2 * size * 4
+    assert upscale_module.work_bytes(at_once, 64, 96, 17, 2) == upscale_module.work_bytes(at_once, 64, 96, 17, 1)

@@ -28,13 +28,12 @@ from diffaccel import (
 from diffaccel.cache.entries import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.boxes import _progressions, over_boxes
-from diffaccel.kernel.weighted import over_entries
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
 from diffaccel.policy import Selector
-from diffaccel.reuse.full_field_guide import _Held
+from diffaccel.reuse.full_field_guide import _Kept, spread
 from diffaccel.rotary import rotate
 from diffaccel.site import Site
-from diffaccel.window.inward_window import pooled, spans
+from diffaccel.window.inward_window import spans
 
 SDPA, REFERENCE = KERNELS["sdpa"], KERNELS["reference"]
 
@@ -238,33 +237,6 @@ def test_what_does_not_go_with_a_window_is_refused():
         Accel(window=InwardWindow(frames=3), reuse=FlashBlock())
 
 
-@pytest.mark.parametrize("grid", [Grid(2, 4, 6), Grid(1, 5, 7), Grid(3, 1, 3)], ids=str)
-@pytest.mark.parametrize("side", [2, 3])
-def test_pooled_keys_stand_for_their_tokens(grid, side):
-    entries = entries_of(grid)
-    found = pooled(entries, grid, side)
-    assert sum(count * tokens for count, tokens in found.multiplicity) == grid.tokens
-    assert found.count == grid.frames * -(-grid.height // side) * -(-grid.width // side)
-    k = torch.cat([mean * tokens for mean, _, tokens in found.groups()], 1)
-    torch.testing.assert_close(k.sum(1), entries.k.sum(1), atol=1e-4, rtol=1e-4)
-    corner = entries.v.unflatten(1, (grid.frames, grid.height, grid.width))[:, 0, :side, :side].mean((1, 2))
-    assert any(torch.allclose(found.v[:, i], corner, atol=1e-6) for i in range(found.count))
-
-
-@pytest.mark.parametrize("grid", [Grid(2, 4, 6), Grid(1, 5, 7)], ids=str)
-def test_where_neighbours_are_alike_pooling_changes_nothing(grid):
-    """Each key is that of its whole square."""
-    rows, columns = torch.arange(grid.height) // 2, torch.arange(grid.width) // 2
-    square = (rows[:, None] * 9 + columns).expand(grid.frames, -1, -1).flatten()
-    usual = entries_of(Grid(1, 1, 64))
-    entries = Entries(usual.k[:, square], usual.v[:, square], grid.frame_of_token())
-    q = queries_of(grid)
-    found = over_entries(SDPA, q, pooled(entries, grid, 2), 0.3, None)
-    exact, lse = attention64(q, entries.k, entries.v, scale=0.3)
-    assert_within(found.out, exact, torch.float32)
-    assert_within(found.lse, lse, torch.float32)
-
-
 # -- in pipelines ---------------------------------------------------------------------------------------------------
 
 
@@ -385,10 +357,11 @@ def test_a_video_of_another_size_in_the_same_run_is_steered_from_its_own_first_s
 
 
 def test_what_is_held_is_not_what_a_layer_may_write_into():
-    held = _Held(given_out := torch.ones(1, 2, 1, 4), "device")
+    kept = _Kept("device")
+    kept.put(0, given_out := torch.ones(1, 2, 1, 4))
     given_out.zero_()
-    held.get().zero_()
-    assert held.get().eq(1).all()
+    kept.get(0).zero_()
+    assert kept.get(0).eq(1).all()
 
 
 @pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])
@@ -404,19 +377,115 @@ def test_every_step_without_a_window_is_dense(kind, guidance, branches):
     assert torch.equal(run(pipe, guidance=guidance), dense)
 
 
-def test_a_pooled_field_reads_a_quarter_and_steers_much_the_same():
-    pipe, guide = wan(), FullFieldGuide(every=1)
-    found = {}
-    for pool in (1, 2):
-        with Accel(window=InwardWindow((3, 3), field_pool=pool), reuse=guide)(pipe) as accelerated_run:
-            found[pool] = run(pipe), accelerated_run.report().slots["window"]
-    with Accel(window=InwardWindow((3, 3)))(pipe):
-        alone = run(pipe)
-    steps, keys, window = 4, 48, 18
-    for pool, read in ((1, keys), (2, keys // 4)):
-        assert found[pool][1].keys_read == 2 * steps * (read + 2 * window)  # of 2 layers: the field, and both branches
-    away = [float((latents - found[1][0]).square().mean()) for latents in (found[2][0], alone)]
-    assert 0 < away[0] < away[1]
+def spread_by_weights(x, grid, larger):
+    """Bilinear, written out: token centres of the larger grid among those of `grid`."""
+
+    def weights(few, many):
+        place = ((torch.arange(many) + 0.5) * few / many - 0.5).clamp(0, few - 1)
+        return (1 - (place[:, None] - torch.arange(few)).abs()).clamp(min=0)
+
+    x = x.unflatten(1, (grid.frames, grid.height, grid.width))
+    rows, columns = weights(grid.height, larger.height), weights(grid.width, larger.width)
+    return torch.einsum("Hh,Ww,bfhwnd->bfHWnd", rows, columns, x).flatten(1, 3)
+
+
+@pytest.mark.parametrize("larger", [Grid(2, 9, 7), Grid(2, 6, 10), Grid(2, 3, 5)], ids=str)
+def test_what_a_smaller_pass_found_is_spread_bilinearly(larger):
+    grid = Grid(2, 3, 5)
+    x = queries_of(grid)
+    torch.testing.assert_close(spread(x, grid, larger), spread_by_weights(x, grid, larger))
+
+
+def natively_guided(pipe, window, every, grid, small):
+    """As `run`, each guided step a forward on fewer latents first, whose cross-attention is spread."""
+    state, transformer = {"calls": 0}, pipe.transformer
+    mask, factor = mask_of(window, grid, grid), window.scale(site_of(grid))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    class Native(TwoRows):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+            cross = encoder_hidden_states is not None
+            source = encoder_hidden_states if cross else hidden_states
+            q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+            q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+            if rotary_emb is not None:
+                q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            windowed = not cross and not state["small"]
+            larger = windowed or window.scale(site_of(small)) > 1  # also a pass on a grid that is, if a smaller one
+            scale = q.shape[-1] ** -0.5 * (1 if cross or not larger else factor)
+            out = attend(q, k, v, attn_mask=mask if windowed else None, scale=scale).transpose(1, 2)
+            if cross and state["small"]:
+                state[self.layer] = out
+            elif cross and not state["uncond"]:
+                out = spread_by_weights(state[self.layer], small, grid)
+            return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+    before = [(a, a.processor) for block in transformer.blocks for a in (block.attn1, block.attn2)]
+    for number, (attention, _) in enumerate(before):
+        attention.processor = Native(state, number, mask, factor)
+    forward = transformer.forward
+    rows, columns = (  # of latents, two a token: those nearest to the centres
+        [int((place + 0.5) * many / few) for place in range(2 * few)]
+        for few, many in ((small.height, grid.height), (small.width, grid.width))
+    )
+
+    def twice(hidden_states, **given):
+        step, state["uncond"] = divmod(state["calls"], 2)
+        state["calls"] += 1
+        if not state["uncond"] and step % every == 0:
+            state["small"] = True
+            forward(hidden_states=hidden_states[:, :, :, rows][..., columns], **given)
+        state["small"] = False
+        return forward(hidden_states=hidden_states, **given)
+
+    transformer.forward = twice
+    try:
+        return run(pipe)
+    finally:
+        del transformer.forward
+        for attention, processor in before:
+            attention.processor = processor
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("shrink", [2, 1.3])
+def test_guided_on_a_smaller_grid_it_is_a_forward_of_that_size_first(every, shrink):
+    pipe, window, grid = wan(), InwardWindow((3, 3)), Grid(2, 4, 6)
+    small = Grid(2, 2, 3) if shrink == 2 else Grid(2, 3, 5)
+    expected = natively_guided(pipe, window, every, grid, small)
+    with Accel(window=window, reuse=FullFieldGuide(every=every, shrink=shrink))(pipe) as found:
+        torch.testing.assert_close(run(pipe), expected, atol=2e-5, rtol=0)
+    assert found.report().slots["reuse"].bytes == 2 * small.tokens * 48 * 4
+    with Accel(window=window, reuse=FullFieldGuide(every=every))(pipe):
+        assert (run(pipe) - expected).abs().max() > 1e-3
+
+
+def test_in_a_causal_model_smaller_passes_have_a_past_of_their_own():
+    pipe, forwards = tiny_pipeline(), []
+
+    def record(module, args, given, out):
+        where = accelerated_run._where
+        forwards.append((where, given["hidden_states"], given["timestep"], given["encoder_hidden_states"], out[0]))
+
+    hook = pipe.transformer.register_forward_hook(record, with_kwargs=True)
+    with Accel(window=InwardWindow((3, 3)), reuse=FullFieldGuide(every=2, shrink=2))(pipe) as accelerated_run:
+        pipe(
+            "a red circle moves left", height=64, width=96, num_frames=33, num_inference_steps=4,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    hook.remove()
+    passes = [call for call in forwards if call[0].full_field]
+    assert [(where.block, where.step, where.phase) for where, *_ in passes] == [
+        (block, step, phase) for block in range(3) for step, phase in ((0, "denoise"), (2, "denoise"), (4, "clean"))
+    ][:-1]  # nothing reads the last block
+    with Accel()(pipe) as alone, torch.no_grad():  # the same calls, of a video that has no more than these tokens
+        alone.begin(9)
+        for where, latents, timestep, prompt, out in passes:
+            assert latents.shape[3:] == (4, 6)
+            with alone.at(block=where.block, start=where.start, step=where.step, steps=where.steps, phase=where.phase):
+                found = pipe.transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=prompt)
+            torch.testing.assert_close(found[0], out, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("hold", ["int8", "host"])

@@ -183,7 +183,7 @@ BAD = [
     ("InwardWindow", {"tile": (0, 1)}, "tile is rows and columns >= 1"),
     ("InwardWindow", {"frames": 0}, "frames is a number of latent frames >= 1, or None for all"),
     ("InwardWindow", {"ratio": 0.5}, "ratio is >= 1"),
-    ("InwardWindow", {"field_pool": 0}, "field_pool is a number of tokens >= 1"),
+    ("FullFieldGuide", {"shrink": 0.5}, "shrink is a ratio >= 1"),
     ("InwardWindow", {"gather_mib": 0}, "gather_mib is a number of MiB >= 1"),
     ("FullFieldGuide", {"every": 0}, "every is a number of steps >= 1"),
     ("FullFieldGuide", {"branches": "uncond"}, "choose one of cond, all"),

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from ..cache.shuttle import Shuttle, host_like
+from ..grid import Grid
 from ..policy import Answer, ReusePolicy, knob
-from ..site import Site
+from ..site import FIELD, Site
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +32,11 @@ class FullFieldGuide(ReusePolicy):
     of the forward with windows, also at the steps that follow (FreeSwim's cross-attention override). The rest of the
     first forward influences nothing, and no such forward is made at the other steps nor for the branch without a
     prompt: the result is that of the paper's loop over two rows, with fewer of them computed.
+
+    Such a pass reads keys at distances that training never knew, and it costs more than all forwards with windows
+    around it. With `shrink` it runs on the nearest latents of a smaller grid, such as that of training, and what it
+    finds is spread over the larger one: ours, cheaper by orders of magnitude and closer to the base video. In a causal
+    model these passes have a past of their own, on their grid.
     """
 
     paper: ClassVar[str] = "FreeSwim, arXiv 2511.14712, section 3"
@@ -37,6 +45,9 @@ class FullFieldGuide(ReusePolicy):
     needs_blocks: ClassVar[bool] = False
 
     every: int = knob(2, "steps from one pass over the whole field to the next, >= 1")
+    shrink: float = knob(
+        1.0, "rows and columns of tokens over those of a pass over the whole field, >= 1; ours: 1 is as published"
+    )
     branches: str = knob(
         "cond", 'which branches of guidance are steered: the one with the prompt, or "all"', choices=("cond", "all")
     )
@@ -51,6 +62,7 @@ class FullFieldGuide(ReusePolicy):
         self.require(
             isinstance(self.every, int) and self.every >= 1, "every is a number of steps >= 1", every=self.every
         )
+        self.require(self.shrink >= 1, "shrink is a ratio >= 1", shrink=self.shrink)
 
     def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
         if all("cross" in geometry.parts for geometry, _ in models):
@@ -61,11 +73,18 @@ class FullFieldGuide(ReusePolicy):
         """Self-attention is computed."""
         return "together"
 
+    def field(self, grid: Grid) -> Grid:
+        """Of a pass over the whole field."""
+        rows, columns = (max(1, round(side / self.shrink)) for side in (grid.height, grid.width))
+        return Grid(grid.frames, rows, columns)
+
     def looks_first(self, site: Site, run: "Run") -> bool:
         """Whether a pass over the whole field comes before the forward at `site`; counts the steps of a block."""
+        if run.causal and site.phase == "clean":
+            return self._of_branch(site) and self.field(site.grid) != site.grid  # they have a past of their own
         if not self._steers(site):
             return False
-        state = run.scratch(self.slot, site.branch)
+        state = run.scratch(self.slot, _branch(site))
         block, step, count = state.get("at", (None, 0, 0))
         here = (site.block, site.grid)  # another block or another video, which may be of another size
         count = count + 1 if block == here and step <= site.step else 0
@@ -76,17 +95,15 @@ class FullFieldGuide(ReusePolicy):
         """Attention to the prompt, from the last pass over the whole field."""
         if not self._steers(site):
             return compute()
-        held: dict[int, _Held] = run.scratch(self.slot, site.branch).setdefault("held", {})
+        state = run.scratch(self.slot, _branch(site))
         if site.full_field:
             found = compute()
-            if site.layer in held:
-                held[site.layer].put(found)
-            else:
-                held[site.layer] = _Held(found, self.hold)
+            kept: _Kept = state.setdefault("kept", _Kept(self.hold))
+            kept.put(site.layer, found)
             return found
         if run.accel.window is not None:
             run.fired(self.slot)
-        return held[site.layer].get()
+        return spread(state["kept"].get(site.layer), self.field(site.grid), site.grid)
 
     def why_idle(self, run: "Run") -> str:
         if run.accel.window is None:
@@ -94,42 +111,66 @@ class FullFieldGuide(ReusePolicy):
         return "no forward of the branch with the prompt ran"
 
     def bytes_held(self, run: "Run") -> int:
-        return sum(held.bytes for state in run.all_scratch(self.slot) for held in state.get("held", {}).values())
+        return sum(state["kept"].bytes for state in run.all_scratch(self.slot) if "kept" in state)
 
     def _steers(self, site: Site) -> bool:
-        return site.phase == "denoise" and (self.branches == "all" or site.branch in _CONDITIONAL)
+        return site.phase == "denoise" and self._of_branch(site)
+
+    def _of_branch(self, site: Site) -> bool:
+        return self.branches == "all" or _branch(site) in _CONDITIONAL
 
 
-class _Held:
-    """What one layer's cross-attention found, (B, S, H, D), held one way or another."""
+def _branch(site: Site) -> str:
+    return site.branch.removesuffix(FIELD)
 
-    def __init__(self, found: Tensor, hold: str) -> None:
-        self.hold, self.dtype, self.device = hold, found.dtype, found.device
-        self.kept: list[Tensor] = []
-        self.put(found)
 
-    def put(self, found: Tensor) -> None:
+def spread(x: Tensor, grid: Grid, larger: Grid) -> Tensor:
+    """(B, S, H, D) on `grid` as on a larger one of as many frames: bilinear in each frame."""
+    if grid == larger:
+        return x
+    heads = x.shape[2]
+    frames = x.flatten(2).unflatten(1, (grid.frames, grid.height, grid.width)).flatten(0, 1).permute(0, 3, 1, 2)
+    frames = interpolate(frames, (larger.height, larger.width), mode="bilinear")
+    return frames.permute(0, 2, 3, 1).unflatten(0, (-1, grid.frames)).flatten(1, 3).unflatten(2, (heads, -1))
+
+
+class _Kept:
+    """What each layer's cross-attention found in the last pass of one branch, (B, S, H, D), held one way or another."""
+
+    def __init__(self, hold: str) -> None:
+        self.hold, self.shuttle = hold, Shuttle()
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.layers: dict[int, list[Tensor]] = {}
+
+    def put(self, layer: int, found: Tensor) -> None:
+        self.device, self.dtype = found.device, found.dtype
         if self.hold == "device":
-            self.kept = [found.clone()]  # compiled code may write into what attention gave it, also below
+            self.layers[layer] = [found.clone()]  # compiled code may write into what attention gave it, also below
         elif self.hold == "int8":
             wide = found.float()
             scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-            self.kept = [(wide / scale).round().to(torch.int8), scale]
+            self.layers[layer] = [(wide / scale).round().to(torch.int8), scale]
         else:
-            if not self.kept or self.kept[0].shape != found.shape:
-                self.kept = [torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)]
-            self.kept[0].copy_(found, non_blocking=True)
+            room = self.layers.get(layer)
+            if room is None or room[0].shape != found.shape:
+                room = self.layers[layer] = [host_like(found)]
+            self.shuttle.drop()
+            self.shuttle.send(found, room[0])
 
-    def get(self) -> Tensor:
+    def get(self, layer: int) -> Tensor:
+        kept = self.layers[layer]
+        if self.hold == "device":
+            return kept[0].clone()
         if self.hold == "int8":
-            return (self.kept[0].float() * self.kept[1]).to(self.dtype)
-        return (
-            self.kept[0].clone()
-            if self.hold == "device"
-            else self.kept[0].to(self.device, non_blocking=True, copy=True)
-        )
+            return (kept[0].float() * kept[1]).to(self.dtype)
+        (found,) = self.shuttle.take(layer, kept, self.device)
+        following = layer + 1 if layer + 1 in self.layers else min(self.layers)
+        self.shuttle.fetch(following, self.layers[following], self.device)
+        return found if found.is_cuda else found.clone()
 
     @property
     def bytes(self) -> int:
         """On the device."""
-        return 0 if self.hold == "host" else sum(x.numel() * x.element_size() for x in self.kept)
+        if self.hold == "host":
+            return 0
+        return sum(x.numel() * x.element_size() for kept in self.layers.values() for x in kept)

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 from math import log
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..cache.entries import Entries
@@ -51,10 +50,7 @@ class InwardWindow(Selector):
     ratio: float = knob(
         2.0, "logits are multiplied by sqrt(log(ratio N) / log N), N the window's tokens a frame, >= 1; 1: by nothing"
     )
-    field_pool: int = knob(
-        1, "side of the squares of keys that a pass over the whole field reads as one mean each, >= 1; ours"
-    )
-    gather_mib: int = knob(1024, "MiB of keys and values gathered at a time, >= 1; a window at least is, in any case")
+    gather_mib: int = knob(1024, "MiB of keys and values copied at a time, >= 1; those of one row of tiles always are")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +62,6 @@ class InwardWindow(Selector):
             self.require(fits, "a tile is no larger than its window", tile=self.tile, size=self.size)
         self.require_frames("frames", 1, none="for all")
         self.require(self.ratio >= 1, "ratio is >= 1", ratio=self.ratio)
-        self.require(self.field_pool >= 1, "field_pool is a number of tokens >= 1", field_pool=self.field_pool)
         self.require(self.gather_mib >= 1, "gather_mib is a number of MiB >= 1", gather_mib=self.gather_mib)
 
     def conflict(self, others: Iterable[Policy]) -> str | None:
@@ -81,14 +76,12 @@ class InwardWindow(Selector):
                 return f"a window over frames needs all of them in one piece, and {name} parts them: set frames=None"
         return None
 
-    def plan(self, q: Tensor, entries: Entries, site: Site) -> Boxes | Entries | None:
-        """The boxes of the grid that read each other, or means of keys; None where every query reads all."""
-        if self.size is None or entries.frames is None:
+    def plan(self, q: Tensor, entries: Entries, site: Site) -> Boxes | None:
+        """The boxes of the grid that read each other; None where every query reads all."""
+        if self.size is None or entries.frames is None or site.full_field:
             return None
         grid = site.grid
         keys = Grid(entries.count // grid.tokens_per_frame, grid.height, grid.width)
-        if site.full_field:
-            return None if self.field_pool == 1 else pooled(entries, keys, self.field_pool)
         first = site.start - int(entries.frames[0])
         return _boxes(self, grid, keys, first)
 
@@ -104,31 +97,6 @@ class InwardWindow(Selector):
             f"no frame had more than size={self.size} rows and columns of tokens, so a query reads all of it: "
             "make the frames larger or the window smaller"
         )
-
-
-def pooled(entries: Entries, grid: Grid, side: int) -> Entries:
-    """Means of squares of keys and values, each standing for its tokens; at far borders what is left of a square."""
-    parts: dict[int, list[tuple[Tensor, ...]]] = {}
-    for rows, columns in product(_squares(grid.height, side), _squares(grid.width, side)):
-        size = rows[2] * columns[2]
-        parts.setdefault(size, []).append(tuple(_means(x, grid, rows, columns) for x in (entries.k, entries.v)))
-    k, v = (torch.cat([pair[i] for part in parts.values() for pair in part], 1) for i in range(2))
-    sizes = tuple((sum(pair[0].shape[1] for pair in part), size) for size, part in parts.items())
-    return Entries(k, v, multiplicity=sizes)
-
-
-def _squares(length: int, side: int) -> list[tuple[int, int, int]]:
-    """First token, the one behind the last, and the side of the squares along an axis: whole ones, and the rest."""
-    whole = length // side * side
-    found = [(0, whole, side)] if whole else []
-    return [*found, (whole, length, length - whole)] if whole < length else found
-
-
-def _means(x: Tensor, grid: Grid, rows: tuple[int, int, int], columns: tuple[int, int, int]) -> Tensor:
-    """(B, N, H, D) to means (B, n, H, D) of the squares between those rows and columns."""
-    x = x.unflatten(1, (grid.frames, grid.height, grid.width))[:, :, rows[0] : rows[1], columns[0] : columns[1]]
-    x = x.unflatten(3, (-1, columns[2])).unflatten(2, (-1, rows[2]))
-    return x.mean((3, 5)).flatten(1, 3)
 
 
 @lru_cache(maxsize=64)

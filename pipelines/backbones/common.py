@@ -53,8 +53,12 @@ class RootHook(ModelHook):
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         self._enter(given)
         if self.run.looks_first():
-            with self.run.full_field():
-                module(*args, **kwargs)
+            with self.run.full_field() as grid:
+                latents = self.shrunk(given["hidden_states"], grid)
+                if args:
+                    module(latents, *args[1:], **kwargs)
+                else:
+                    module(**{**kwargs, "hidden_states": latents})
             self._enter(given)
         prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
         place = self.arguments.index("encoder_hidden_states")
@@ -65,6 +69,15 @@ class RootHook(ModelHook):
     def grid(self, given: dict[str, Any]) -> Grid:
         """How the video's tokens lie."""
         return Grid(*(size // side for size, side in zip(given["hidden_states"].shape[2:], self.patch, strict=True)))
+
+    def shrunk(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Latents (B, C, L, h, w) of as many tokens as `grid` has, the nearest ones: a mean would have less noise."""
+        for axis, tokens in ((3, grid.height), (4, grid.width)):
+            many, few = latents.shape[axis], tokens * self.patch[axis - 2]
+            if few != many:
+                places = ((torch.arange(few, device=latents.device) + 0.5) * many / few).long()
+                latents = latents.index_select(axis, places)
+        return latents
 
     def _enter(self, given: dict[str, Any]) -> None:
         context = self.contexts._context
