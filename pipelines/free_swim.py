@@ -218,6 +218,7 @@ class FreeSwimPipeline:
                 result = target(prompt, num_frames=len(frames), **given)
             else:
                 result = target(frames.astype(np.float32) / 255, prompt, strength=strength, **given)
+                self.pipe.maybe_free_model_hooks()  # the other pipeline has none of its own
         if on_run is not None:
             on_run(run)
         return result

@@ -1,7 +1,7 @@
 """What each part of FreeSwim buys on the bundled model: a base video, enlarged with more and more of the method.
 
     python scripts/upscale_quality.py --out OUT                    # two CPU cores, about half an hour
-    python scripts/upscale_quality.py --out OUT --prompts 1 --frames 9 --scales 2 --arms dense guided    # a minute
+    python scripts/upscale_quality.py --out OUT --prompts 1 --frames 9 --scales 2 --arms dense native    # a minute
 
 The arms start from the same base video and the same noise. Repetition is the largest autocorrelation of a frame (less
 its median colour) at shifts of at least half the frame, above that of the base video enlarged as pixels: 0 where
@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,18 @@ def arms_of(window: InwardWindow, scale: float) -> dict[str, Accel]:
     assert window.size is not None
     one = replace(window, tile=(1, 1))
     half = replace(window, tile=tuple((side + 1) // 2 for side in window.size))
-    guide = FullFieldGuide
+    whole, native = FullFieldGuide, partial(FullFieldGuide, shrink=scale)
     return {
         "dense": Accel(),
         "plain windows": Accel(window=PlainWindow(one.size, ratio=one.ratio)),
         "inward windows": Accel(window=one),
-        "guided every step": Accel(window=one, reuse=guide(every=1)),
-        "guided": Accel(window=one, reuse=guide(every=2)),
-        "guided, logits as they are": Accel(window=replace(one, ratio=1.0), reuse=guide(every=2)),
-        "guided by a field pooled 2 x 2": Accel(window=replace(one, field_pool=2), reuse=guide(every=2)),
-        "guided by a field pooled 3 x 3": Accel(window=replace(one, field_pool=3), reuse=guide(every=2)),
-        "natively guided": Accel(window=one, reuse=guide(every=2, shrink=scale)),
-        "natively guided every step": Accel(window=one, reuse=guide(every=1, shrink=scale)),
-        "guided, tiles of half a window": Accel(window=half, reuse=guide(every=2)),
-        "guided, tiles of a third": Accel(window=window, reuse=guide(every=2)),
+        "whole field, every step": Accel(window=one, reuse=whole(every=1)),
+        "whole field": Accel(window=one, reuse=whole(every=2)),
+        "whole field, logits as they are": Accel(window=replace(one, ratio=1.0), reuse=whole(every=2)),
+        "native field, every step": Accel(window=one, reuse=native(every=1)),
+        "native field": Accel(window=one, reuse=native(every=2)),
+        "native field, tiles of half a window": Accel(window=half, reuse=native(every=2)),
+        "native field, tiles of a quarter": Accel(window=window, reuse=native(every=2)),
     }
 
 
@@ -155,7 +154,7 @@ def main() -> None:
             native = {"height": usual.height, "width": usual.width}
             base = pipe(prompt, **native, num_frames=args.frames, **settings, generator=noise()).frames[0]
             size = {"height": scale * usual.height, "width": scale * usual.width}
-            big = FreeSwimPipeline(pipe, native=(usual.height, usual.width))
+            big = FreeSwimPipeline(pipe, native=(usual.height, usual.width), guide_field="whole")  # arms say their own
             shown = {"the base video, enlarged": enlarge(base[:1], **size)[0]}
             for name, accel in arms_of(big.accel.window, scale).items():
                 if args.arms and not any(name.startswith(arm) for arm in args.arms):

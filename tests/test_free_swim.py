@@ -127,6 +127,27 @@ def test_the_vae_goes_tile_by_tile_where_asked_and_is_left_as_it_was(kind):
     assert not pipe.vae.use_tiling
 
 
+@pytest.mark.parametrize("kind", ["causal", "stock"])
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offload_changes_no_bit(kind, offload):
+    def made(pipe):
+        big = FreeSwimPipeline(pipe, native=NATIVE)
+        settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+        return big(PROMPT, num_frames=5, **LARGE, **settings, generator=seeded()).frames
+
+    def fresh():
+        return tiny_pipeline() if kind == "causal" else stock()
+
+    pipe = fresh()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")  # the hooks work alike on every device
+    else:
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+    assert np.array_equal(made(pipe), made(fresh()))
+
+
 @pytest.mark.parametrize("hold", ["device", "int8", "host"])
 @pytest.mark.parametrize("kind", ["causal", "stock"])
 def test_what_the_guide_keeps_is_known_beforehand(hold, kind):
