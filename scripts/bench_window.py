@@ -217,8 +217,9 @@ class Bench(Says):
         """A step of two forwards, with the prompt and without."""
         size = self.sizes["size"]
         model, small = self.model(1), Grid(grid.frames, size[0] + 3, size[1] + 2)
+        model.blocks[0].attn1.norm_q.weight.mul_(10)  # what steers is then seen through rounding
         for attention in (model.blocks[0].attn1, model.blocks[0].attn2):
-            attention.to_out[0].weight.mul_(100)  # what steers is then seen through rounding
+            attention.to_out[0].weight.mul_(100)
         arms = self.arms(model, small, InwardWindow(size))
         allowed = 2 * torch.finfo(self.dtype).eps + 1e-5
         expected, found, other = (
