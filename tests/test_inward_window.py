@@ -461,6 +461,14 @@ def test_guided_on_a_smaller_grid_it_is_a_forward_of_that_size_first(every, shri
         assert (run(pipe) - expected).abs().max() > 1e-3
 
 
+def test_a_smaller_grid_is_refused_where_every_token_has_a_noise_level():
+    pipe = tiny_pipeline(expand_timesteps=True)
+    settings = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    accel = Accel(window=InwardWindow((3, 3)), reuse=FullFieldGuide(every=1, shrink=2))
+    with pytest.raises(UnsupportedError, match="gives each token its own"), accel(pipe):
+        pipe("a red circle moves left", **settings)
+
+
 def test_in_a_causal_model_smaller_passes_have_a_past_of_their_own():
     pipe, forwards = tiny_pipeline(), []
 

@@ -55,6 +55,11 @@ class RootHook(ModelHook):
         if self.run.looks_first():
             with self.run.full_field() as grid:
                 latents = self.shrunk(given["hidden_states"], grid)
+                if latents is not given["hidden_states"] and given["timestep"].ndim > 1:
+                    raise UnsupportedError(
+                        "passes on a smaller grid are for one noise level a forward, and this pipeline gives each "
+                        'token its own: take FullFieldGuide(shrink=1), guide_field="whole" of FreeSwimPipeline'
+                    )
                 if args:
                     module(latents, *args[1:], **kwargs)
                 else:
