@@ -254,7 +254,7 @@ def generate(pipe: Any, run: Run, seed: int, arguments: dict[str, Any]) -> Made:
     """One video of one prompt under `run`, decoded apart from denoising so that each has its own seconds."""
     generator = torch.Generator().manual_seed(seed)
     latents = pipe(**arguments, generator=generator, output_type="latent").frames
-    with run.clock("decode"):
+    with run.clock("decode", latents.device):
         frames = decode(pipe, latents)
     if not run.causal:
         run.produced(len(frames))

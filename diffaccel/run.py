@@ -77,7 +77,7 @@ class Run:
         self._paths: set[str] = set()  # what read listed blocks of keys
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._chosen_bytes: defaultdict[str, int] = defaultdict(int)  # of the last forward of each branch
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._began: float | None = None
         self._before = self._elapsed = 0.0
         self._frames = self._max_tokens = self._tokens_per_frame = 0
@@ -136,20 +136,25 @@ class Run:
             self._told = False
 
     @contextmanager
-    def clock(self, section: str) -> Iterator[None]:
-        """Add the wall-clock time inside to `seconds[section]` of the report."""
-        began = self._now()
-        try:
-            yield
-        finally:
-            self._seconds[section] += self._now() - began
-            self._tick()
+    def clock(self, section: str, device: torch.device) -> Iterator[None]:
+        """Add the time of what is done inside to `seconds[section]` of the report.
 
-    def produced(self, frames: int) -> None:
-        """`frames` pixel frames came out."""
-        self._frames += frames
+        On a GPU that of what the current stream is given, which nobody waits for before the report.
+        """
+        if device.type == "cuda":
+            with self._between_events(section, device):
+                yield
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[section] += time.perf_counter() - began
         self._tick()
-        self._read_events()
+
+    def produced(self, frames: int, wait: bool = False) -> None:
+        """`frames` pixel frames came out; `wait` for a GPU that may still be at it, once a generation."""
+        self._frames += frames
+        self._read_events(wait)
+        self._tick()
 
     # -- called by a backbone ------------------------------------------------------------------------------------
 
@@ -248,11 +253,8 @@ class Run:
             yield
             self._seconds["attention"] += time.perf_counter() - began
         elif self.timing:
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            yield
-            pair[1].record()
-            self._events.append(pair)
+            with self._between_events("attention", device):
+                yield
         else:
             yield
 
@@ -435,7 +437,7 @@ class Run:
 
     def report(self) -> Report:
         """What happened so far, over all generations of this run."""
-        self._read_events()
+        self._read_events(wait=True)
         measured = self._device is None or self._device.type == "cpu" or self.timing
         total = self._before + self._elapsed
         frames, fps, peak = self.speed()
@@ -465,11 +467,26 @@ class Run:
     def _describe_cache(self) -> dict[str, Any]:
         return self.cache.describe(self) if "cache" in self.slots else {}
 
-    def _read_events(self) -> None:
-        if self._events:
-            torch.cuda.synchronize(self._device)
-            self._seconds["attention"] += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-            self._events.clear()
+    @contextmanager
+    def _between_events(self, section: str, device: torch.device) -> Iterator[None]:
+        stream = torch.cuda.current_stream(device)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record(stream)
+        yield
+        ended.record(stream)
+        self._events.append((section, began, ended))
+
+    def _read_events(self, wait: bool) -> None:
+        """Adds up what the GPU has done by now, or all of it."""
+        later = []
+        for section, began, ended in self._events:
+            if wait:
+                ended.synchronize()
+            if wait or ended.query():
+                self._seconds[section] += began.elapsed_time(ended) / 1e3
+            else:
+                later.append((section, began, ended))
+        self._events = later
 
     def _note_block(self, memories: list[Memory], held: int) -> None:
         """One line a finished block; of an endless video every second one, as often as need be."""
@@ -492,11 +509,6 @@ class Run:
     def _note_bytes(self, slot: str, held: int) -> None:
         if slot in self.slots:
             self.slots[slot].bytes = max(self.slots[slot].bytes, held)
-
-    def _now(self) -> float:
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
     def _tick(self) -> None:
         if self._began is not None:

@@ -8,6 +8,7 @@ The pipeline says where it is; which keys are kept and read is decided by the `A
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -159,14 +160,20 @@ class CausalWanPipeline(WanPipeline):
         try:
             rollout = self._prepare(call)
             with self._accelerated() as run:
-                blocks = list(self._blocks(rollout, run))
-                run.produced(blocks[0].shape[0] * self._pixel_frames(sum(block.shape[2] for block in blocks)))
+                made: list[Tensor] = []
+
+                def blocks() -> Iterator[Tensor]:
+                    for block in self._blocks(rollout, run):
+                        made.append(block)
+                        yield block
+
                 if output_type == "latent":
-                    result = torch.cat(blocks, dim=2)
+                    result = torch.cat(list(blocks()), dim=2)
                 else:
-                    with run.clock("decode"):
-                        frames = streaming.decode(self.vae, blocks)
-                        result = self.video_processor.postprocess_video(frames, output_type=output_type)
+                    frames = streaming.decode(self.vae, blocks(), run.clock)
+                    result = self.video_processor.postprocess_video(frames, output_type=output_type)
+                frames_made = self._pixel_frames(sum(block.shape[2] for block in made))
+                run.produced(made[0].shape[0] * frames_made, wait=True)
         finally:
             self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=result) if return_dict else (result,)
@@ -179,7 +186,7 @@ class CausalWanPipeline(WanPipeline):
         ]
         return self.video_processor.postprocess_video(streaming.decode(self.vae, blocks), output_type=output_type)
 
-    def stream(self, *args: Any, **kwargs: Any) -> streaming.Stream:
+    def stream(self, *args: Any, overlap: bool = False, **kwargs: Any) -> streaming.Stream:
         """Generates as `__call__` with the same arguments does, and yields every block's frames as soon as they exist.
 
             stream = pipe.stream("a red ball rolls left", num_frames=241)
@@ -193,6 +200,9 @@ class CausalWanPipeline(WanPipeline):
         prepared; exhausting or closing the iterator, or an exception in it, restores everything. One stream at a time.
         Under `enable_model_cpu_offload` each chunk moves the transformer out and in again.
 
+        With `overlap` a chunk is decoded on a GPU while the next block is denoised (with the VAE on a GPU of its own,
+        beside it): more frames a second, each chunk a block later, and a changed prompt holds a block later too.
+
         Raises:
             UnsupportedError: the VAE has tiling switched on.
         """
@@ -205,7 +215,7 @@ class CausalWanPipeline(WanPipeline):
         except BaseException:
             self.maybe_free_model_hooks()
             raise
-        return streaming.Stream(self._stream(rollout, decoder), partial(self._change_prompt, rollout))
+        return streaming.Stream(self._stream(rollout, decoder, overlap), partial(self._change_prompt, rollout))
 
     @torch.no_grad()
     def _change_prompt(self, rollout: Rollout, prompt: Any, negative_prompt: Any) -> None:
@@ -222,21 +232,33 @@ class CausalWanPipeline(WanPipeline):
         rollout.embeds.update(self._encode_prompts(call))
 
     @torch.no_grad()
-    def _stream(self, rollout: Rollout, decoder: streaming.StreamingDecoder | None) -> Generator[Any, None, None]:
+    def _stream(
+        self, rollout: Rollout, decoder: streaming.StreamingDecoder | None, overlap: bool
+    ) -> Generator[Any, None, None]:
         output_type = rollout.call.output_type
+        waiting: deque[Callable[[], Any]] = deque()
         start = 0
         try:
             with self._accelerated() as run:
+                decodes = None if decoder is None else streaming.Decodes(decoder, run.clock)
+
+                def chunk(pixels: Callable[[], Tensor], frames: int) -> Any:
+                    made = pixels()
+                    if decodes is not None:
+                        made = self.video_processor.postprocess_video(made, output_type=output_type)
+                    run.produced(frames)
+                    return made
+
                 for latents in self._blocks(rollout, run):
-                    chunk: Any = latents.clone()
-                    if decoder is not None:
-                        with run.clock("decode"):
-                            frames = decoder.decode(latents)
-                            chunk = self.video_processor.postprocess_video(frames, output_type=output_type)
+                    pixels = latents.clone if decodes is None else decodes.submit(latents)
                     stop = start + latents.shape[2]
-                    run.produced(latents.shape[0] * (self._pixel_frames(stop) - self._pixel_frames(start)))
+                    frames = latents.shape[0] * (self._pixel_frames(stop) - self._pixel_frames(start))
+                    waiting.append(partial(chunk, pixels, frames))
                     start = stop
-                    yield chunk
+                    if len(waiting) > overlap:
+                        yield waiting.popleft()()
+                while waiting:
+                    yield waiting.popleft()()
         finally:
             self.maybe_free_model_hooks()
 
@@ -260,14 +282,14 @@ class CausalWanPipeline(WanPipeline):
                         )
                     block, prompt = rollout.latents[:, :, frames.start : frames.stop], rollout.embeds["cond"]
                     if index >= rollout.given:
-                        with run.clock("denoise"):
+                        with run.clock("denoise", rollout.latents.device):
                             denoised = self._denoise_block(rollout, run, index, block, bar)
                         block.copy_(self._end_chunk(rollout, index, denoised))
                     yield block
                     if self.interrupt:
                         return
                     if frames.stop < total:
-                        with run.clock("denoise"):
+                        with run.clock("denoise", rollout.latents.device):
                             if rollout.embeds["cond"] is not prompt:
                                 self._prompt_changed(rollout, run, index)
                             self._commit_block(rollout, run, index)

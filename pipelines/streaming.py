@@ -7,7 +7,9 @@ a call where they are small: the same convolutions, three to four times faster o
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from diffaccel.errors import KnobError, UnsupportedError
+
+from . import fast_vae
 
 _AT_ONCE = 2**18  # pixels of the latent frames in one call: small frames are bound by calls, large ones by memory
 
@@ -50,15 +54,61 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     return normalise(vae, vae.encode(pixels).latent_dist.mode())
 
 
-def decode(vae: AutoencoderKLWan, blocks: Sequence[Tensor]) -> Tensor:
+Clock = Callable[[str, torch.device], AbstractContextManager[None]]
+"""As `Run.clock`."""
+
+
+def _no_clock(section: str, device: torch.device) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def decode(vae: AutoencoderKLWan, blocks: Iterable[Tensor], clock: Clock = _no_clock) -> Tensor:
     """Normalised latents of a whole video, in blocks (B, C, n, h, w), to pixels (B, 3, 1+4(L-1), H, W) in [-1, 1].
 
-    The frames are those of a `StreamingDecoder` given the same blocks, bit for bit. With tiling it is `vae.decode`.
+    A block is decoded while the next one is being made. The frames are those of a `StreamingDecoder` given the same
+    blocks, bit for bit. With tiling it is `vae.decode`.
     """
     if vae.use_tiling:
-        return vae.decode(unnormalise(vae, torch.cat(list(blocks), dim=2)), return_dict=False)[0]
-    decoder = StreamingDecoder(vae)
-    return torch.cat([decoder.decode(block) for block in blocks], dim=2)
+        latents = torch.cat(list(blocks), dim=2)
+        with clock("decode", latents.device):
+            return vae.decode(unnormalise(vae, latents), return_dict=False)[0]
+    decodes = Decodes(StreamingDecoder(vae), clock)
+    return torch.cat([pixels() for pixels in [decodes.submit(block) for block in blocks]], dim=2)
+
+
+class Decodes:
+    """Blocks of one video on their way to pixels, beside what the device does next.
+
+    On a GPU a block is decoded on a stream of its own, so that the next one is denoised meanwhile; with the VAE on a
+    second GPU (`pipe.vae.to("cuda:1")`) the two share nothing. On the CPU it is decoded when it is asked for.
+    """
+
+    def __init__(self, decoder: "StreamingDecoder", clock: Clock = _no_clock) -> None:
+        self.decoder, self._clock = decoder, clock
+        self._device = get_module_execution_device(decoder.vae)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def submit(self, latents: Tensor) -> Callable[[], Tensor]:
+        """Starts on the next block, normalised latents (B, C, n, h, w); what is returned gives its pixels."""
+        if self._stream is None:
+            return partial(self._decode, latents)
+        self._stream.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self._stream):
+            pixels = self._decode(latents)
+            done = self._stream.record_event()
+        latents.record_stream(self._stream)
+
+        def wait() -> Tensor:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(done)
+            pixels.record_stream(here)
+            return pixels
+
+        return wait
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with self._clock("decode", self._device):
+            return self.decoder.decode(latents)
 
 
 class Stream(Iterator[Any]):
@@ -97,12 +147,17 @@ class StreamingDecoder:
     give them up to rounding (2e-6). By default as many as 2**18 pixels allow: 16 at 128x128, 1 from 512x512 on, where
     memory is what is short.
 
+    On a GPU the decoder runs the short way (`fast_vae`), up to rounding the same; `fast=False` leaves it as diffusers
+    has it. By default it does where the decoder's layers allow that.
+
     Raises:
         UnsupportedError: the VAE has tiling switched on. Tiles are blended over the whole video at once, so there is
             no streamed result to be equal to.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, at_once: int | None = None) -> None:
+    def __init__(self, vae: AutoencoderKLWan, at_once: int | None = None, fast: bool | None = None) -> None:
+        if fast and (why := fast_vae.unfit(vae.decoder)) is not None:
+            raise UnsupportedError(f"fast=True replaces layers of the decoder, and {why}; leave it out")
         if at_once is not None and at_once < 1:
             raise KnobError(f"at_once is a number of latent frames >= 1, got {at_once}")
         if vae.use_tiling:
@@ -110,7 +165,7 @@ class StreamingDecoder:
                 "streaming decode and VAE tiling exclude each other, since tiles are blended after the whole video is"
                 " decoded; call vae.disable_tiling(), or generate without streaming"
             )
-        self.vae, self.at_once = vae, at_once
+        self.vae, self.at_once, self.fast = vae, at_once, fast
         self.frames = 0
         self._shape: tuple[int, ...] | None = None
         self._past: list[list[Tensor | None]] = []
@@ -136,6 +191,11 @@ class StreamingDecoder:
         return pixels
 
     def _decode(self, z: Tensor, past: list[Tensor | None]) -> Tensor:
+        fast = z.is_cuda and fast_vae.unfit(self.vae.decoder) is None if self.fast is None else self.fast
+        with fast_vae.fused(self.vae.decoder) if fast else nullcontext():
+            return self._pixels(z, past)
+
+    def _pixels(self, z: Tensor, past: list[Tensor | None]) -> Tensor:
         z = self.vae.post_quant_conv(z)
         scale = self.vae.config["scale_factor_spatial"]
         at_once = self.at_once or max(1, _AT_ONCE // (z.shape[3] * z.shape[4] * scale**2))

@@ -19,6 +19,7 @@ Results go to DIR/cache.jsonl line by line.
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ def synchronise(like: Tensor) -> None:
 class Rollout:
     """One arm: an applied run whose blocks are denoised where they are measured."""
 
-    def __init__(self, bench: Bench, cache: CachePolicy, frames: int) -> None:
+    def __init__(self, bench: Bench, cache: CachePolicy, frames: int, accel: Accel | None = None) -> None:
         self.bench, self.grid = bench, Grid(FRAMES, bench.shape["h"] // 2, bench.shape["w"] // 2)
-        self.run = Accel(cache=None if isinstance(cache, KVCache) else cache).apply(bench.pipe)
+        accel = replace(accel or Accel(), cache=None if isinstance(cache, KVCache) else cache)
+        self.run = accel.apply(bench.pipe)
         self.cache = Replayed(cache)
         self.run.cache = self.cache  # type: ignore[assignment]
         shape = bench.shape

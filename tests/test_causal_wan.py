@@ -748,6 +748,32 @@ def test_embeddings_stand_for_prompts(pipe):
     assert torch.equal(found, generate(pipe))
 
 
+@pytest.mark.parametrize("output_type", ["np", "latent"])
+def test_an_overlapped_stream_gives_the_same_chunks_a_block_later(output_type):
+    settings, given = {**SETTINGS, "output_type": output_type, "num_frames": 33}, []
+
+    def note(pipe, block, blocks, tensors):
+        given.append(block)
+
+    plain = list(tiny_pipeline().stream(PROMPT, generator=seed(), **settings))
+    stream = tiny_pipeline().stream(PROMPT, generator=seed(), overlap=True, callback_on_chunk_end=note, **settings)
+    chunks = [next(stream)]
+    assert given == [0, 1]
+    chunks += list(stream)
+    assert len(chunks) == len(plain) == 3
+    for chunk, expected in zip(chunks, plain, strict=True):
+        assert (np.array_equal if output_type == "np" else torch.equal)(chunk, expected)
+
+
+@pytest.mark.gpu
+def test_decoding_beside_denoising_changes_nothing_on_a_gpu():
+    settings = {**SETTINGS, "output_type": "pt", "num_frames": 33}
+    pipe = tiny_pipeline().to("cuda")
+    plain, overlapped = (list(pipe.stream(PROMPT, generator=seed(), overlap=how, **settings)) for how in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, overlapped, strict=True))
+    assert torch.equal(pipe(PROMPT, generator=seed(), **settings).frames, torch.cat(plain, 1))
+
+
 def test_model_offload_changes_no_bit_and_is_renewed():
     settings = {**SETTINGS, "output_type": "np", "num_frames": 17}
     expected = tiny_pipeline()(PROMPT, generator=seed(), **settings).frames

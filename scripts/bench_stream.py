@@ -1,0 +1,181 @@
+"""How many frames a second a stream gives from end to end, at the shape of Wan2.1-1.3B with its VAE; checked first.
+
+    python scripts/bench_stream.py --out DIR          # one GPU, some minutes
+    python scripts/bench_stream.py --toy --out DIR    # any machine, seconds; figures mean nothing
+
+480x832, blocks of 3 latent frames, 4 denoising steps and the clean pass, random weights, keys replayed as in
+`bench_cache.py`, the transformer's blocks compiled. First the decoder: diffusers' own, and the short way
+(`fast_vae`), milliseconds a pixel frame. Then arms that have one technique more each, at 10, 60 and 120 seconds of
+video: a block's milliseconds with nothing waited for inside, medians of several blocks; frames a second of denoising,
+and with the VAE one after the other and beside it on a stream of its own; and for how much of a block the GPU works.
+Results go to DIR/stream.jsonl as they come.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_cache import STEPS, Rollout, check_exact, synchronise
+from bench_seam import FRAMES, SHAPES, Bench
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from diffaccel import Accel, FlashBlock, PadCollapse, SinkRecent, TempCache
+from diffaccel.cache import KVCache
+from diffaccel.pipelines import StreamingDecoder
+from diffaccel.pipelines.streaming import Decodes
+from diffaccel.policy import CachePolicy
+
+SECONDS = {10: 39, 60: 240, 120: 480}  # of video at 16 frames a second, and latent frames before the block
+MOST_DENSE = 240  # 120 s of keys and values are 138 GB
+BLOCKS = 5
+PIXELS = 4 * FRAMES
+
+
+class Stream(Rollout):
+    """A rollout whose blocks run as a stream's do."""
+
+    def steps(self) -> Tensor:
+        """Launches a block's forwards; its last output."""
+        for step in range(STEPS + 1):
+            phase = "clean" if step == STEPS else "denoise"
+            with self.at(step, phase):
+                out = self.bench.forward(self.bench.latents[self.block % 2], 0.0 if phase == "clean" else 500.0)
+        self.block += 1
+        return out
+
+    def timed(self, each: Callable[[], object], blocks: int = BLOCKS) -> float:
+        """Median milliseconds of a block."""
+        times = []
+        for _ in range(blocks):
+            synchronise(self.bench.text)
+            began = time.perf_counter()
+            each()
+            synchronise(self.bench.text)
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times)
+
+    def busy(self) -> float:
+        """Share of a block for which the GPU was at work."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            ms = self.timed(self.steps, 1)
+        spans = [e.device_time_total for e in found.key_averages() if e.device_type.name == "CUDA"]
+        return sum(spans) / 1e3 / ms
+
+
+def decoders(bench: Bench, vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """The decoder's ways, and how far the short one is from the stock one."""
+    made, times = {}, {}
+    for name, fast in (("diffusers", False), ("the short way", True)):
+        decoder = StreamingDecoder(vae, fast=fast)
+        made[name] = [decoder.decode(latents) for _ in range(2)][1].float()
+    off = float((made["diffusers"] - made["the short way"]).norm() / made["diffusers"].norm())
+    allowed = 8 * torch.finfo(vae.dtype).eps + 1e-5
+    bench.say("the short way agrees with diffusers", relative_error=off, allowed=allowed)
+    if not off <= allowed:
+        raise SystemExit("RED: the decoder's short way differs")
+    arms = {name: StreamingDecoder(vae, fast=fast) for name, fast in (("diffusers", False), ("the short way", True))}
+    for decoder in arms.values():
+        decoder.decode(latents)
+    times = bench.time({name: lambda d=d: d.decode(latents) for name, d in arms.items()}, 5)
+    for name, ms in times.items():
+        bench.say(f"decoder, {name}", ms_a_frame=ms / PIXELS, speedup=times["diffusers"] / ms)
+
+
+def arms(toy: bool) -> dict[str, tuple[CachePolicy, Accel]]:
+    """Each with one technique more."""
+    few = TempCache(0.9, budget="9 frames" if toy else "12 frames")
+    flash: Any = FlashBlock(refresh=(0,), min_past=0)
+    return {
+        "dense": (KVCache(), Accel()),
+        "SinkRecent(20, 1)": (SinkRecent(5, 1) if toy else SinkRecent(20, 1), Accel()),
+        "TempCache, 12 frames": (few, Accel()),
+        "+ FlashBlock at step 0": (few, Accel(reuse=flash)),
+        "+ PadCollapse": (few, Accel(reuse=flash, prompt=PadCollapse())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="toy size, on the CPU if there is no GPU")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for stream.jsonl")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.toy:
+        raise SystemExit("the full shape needs a GPU; --toy runs anywhere")
+    seconds = {1: 9, 2: 15} if options.toy else SECONDS
+    with torch.no_grad():
+        bench = Bench(SHAPES["toy" if options.toy else "wan-1.3b"], device, options.out, 1, "stream.jsonl")
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        bench.say("environment", device=name, torch=torch.__version__, kernel=bench.kernel, tokens=bench.tokens)
+        check_exact(bench)
+        small: dict[str, Any] = {"base_dim": 8, "num_res_blocks": 1} if options.toy else {}
+        vae = AutoencoderKLWan(**small).eval().to(device, bench.dtype)
+        latents = bench.randn(1, 16, FRAMES, bench.shape["h"], bench.shape["w"])
+        decoders(bench, vae, latents)
+        if device == "cuda":
+            began = time.perf_counter()
+            bench.model.compile_repeated_blocks(fullgraph=True)
+            check_exact(bench)
+            bench.say("compiled", seconds=time.perf_counter() - began)
+        streams(bench, vae, latents, seconds, options.toy)
+
+
+def streams(bench: Bench, vae: AutoencoderKLWan, latents: Tensor, seconds: dict[int, int], toy: bool) -> None:
+    dense: dict[int, float] = {}
+    for arm, (cache, accel) in arms(toy).items():
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        lengths = {s: n for s, n in seconds.items() if arm != "dense" or n <= MOST_DENSE}
+        rollout = Stream(bench, cache, max(lengths.values()) + (BLOCKS + 5) * FRAMES, accel)
+        for length, frames in lengths.items():
+            while rollout.block * FRAMES < frames:
+                rollout.skip()
+            rollout.steps()
+            ms = rollout.timed(rollout.steps, 2 if arm == "dense" else BLOCKS)
+            if arm == "dense":
+                dense[length] = ms
+            cached = sum(memory.bytes for memory in rollout.run.all_memories())
+            peak = torch.cuda.max_memory_allocated() / 1e9 if bench.device.type == "cuda" else 0.0
+            bench.say(
+                f"{arm}, {length} s", block_ms=ms, fps=1e3 * PIXELS / ms, over_dense=dense.get(length, math.nan) / ms,
+                cache_gb=cached / 1e9, peak_gb=peak,
+            )  # fmt: skip
+        if arm != "dense":
+            with_vae(bench, f"{arm}, {length} s", rollout, vae, latents)
+        rollout.close()
+
+
+def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """A block and its pixels, one after the other and overlapped."""
+    decoder = StreamingDecoder(vae)
+    decodes = Decodes(decoder)
+    decoder.decode(latents)
+    after = rollout.timed(lambda: (rollout.steps(), decoder.decode(latents)))
+
+    def beside() -> None:
+        waiting = None
+        for _ in range(BLOCKS):
+            rollout.steps()
+            pixels = decodes.submit(latents)
+            if waiting is not None:
+                waiting()
+            waiting = pixels
+        assert waiting is not None
+        waiting()
+
+    ms = rollout.timed(beside, 1) / BLOCKS
+    share = rollout.busy() if bench.device.type == "cuda" else 0.0
+    bench.say(f"{what}, with the VAE", fps_after=1e3 * PIXELS / after, fps_beside=1e3 * PIXELS / ms, gpu_busy=share)
+
+
+if __name__ == "__main__":
+    main()
