@@ -28,6 +28,7 @@ from diffaccel import (
 from diffaccel.cache.entries import Entries
 from diffaccel.kernel import KERNELS
 from diffaccel.kernel.boxes import _progressions, over_boxes
+from diffaccel.pipelines import CausalWanPipeline
 from diffaccel.pipelines.backbones._diffusers import WanAttnProcessor
 from diffaccel.policy import Selector
 from diffaccel.reuse.full_field_guide import _Kept, spread
@@ -462,7 +463,8 @@ def test_guided_on_a_smaller_grid_it_is_a_forward_of_that_size_first(every, shri
 
 
 def test_a_smaller_grid_is_refused_where_every_token_has_a_noise_level():
-    pipe = tiny_pipeline(expand_timesteps=True)
+    pipe = CausalWanPipeline(**tiny_components(), expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
     settings = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
     accel = Accel(window=InwardWindow((3, 3)), reuse=FullFieldGuide(every=1, shrink=2))
     with pytest.raises(UnsupportedError, match="gives each token its own"), accel(pipe):
