@@ -1,7 +1,8 @@
 """The `diffaccel` command: generate, compare, list what there is, and say what is wrong in one sentence.
 
-Exit codes: 0 done; 1 a technique asked for by --preset or --set never engaged (the video is kept); 2 a mistake in what
-was asked, found before anything was computed; 130 interrupted (the frames so far are kept).
+Exit codes: 0 done; 1 a technique asked for by --preset or --set never engaged (the video is kept), or `doctor` found
+the kernel in use to be wrong; 2 a mistake in what was asked, found before anything was computed; 130 interrupted (the
+frames so far are kept).
 """
 
 import dataclasses
@@ -476,6 +477,30 @@ def info(
             typer.echo(f"  {row['tokens_per_frame']} tokens a latent frame at {row['size']}")
             for technique, reason in row["refuses"].items():
                 typer.echo(f"  {technique}: {'yes' if reason is None else 'no: ' + reason}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="pixels  [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k  [default: the model's]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Say what is installed, and whether every kernel is right and fast on a model's own shape.
+
+    Exit code 1 if the kernel that "auto" chooses is wrong or does not run.
+    """
+    with _one_sentence():
+        width, height = _parse_size(size) if size else (None, None)
+        from .doctor import examine, lines
+
+        found = examine(model, width=width, height=height, frames=frames, dtype=dtype, device=device)
+        content = json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else "\n".join(lines(found))
+        typer.echo(content)
+        if not found.healthy:
+            raise typer.Exit(1)
 
 
 def _print_version(wanted: bool) -> None:
