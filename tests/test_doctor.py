@@ -455,16 +455,19 @@ def test_xformers_for_another_torch_says_for_which(site):
     (package / "_cpp_lib.py").write_text(f"_cpp_library_load_exception = {cannot}")
     about = site / "xformers-0.0.35.dist-info"
     about.mkdir()
-    text = (
-        "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\nRequires-Dist: numpy\nRequires-Dist: torch==2.10.0\n"
-    )
+    text = "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\nRequires-Dist: numpy\nRequires-Dist: torch>=2.10\n"
     (about / "METADATA").write_text(text)
     [problem] = machine.broken_imports({"xformers": "xformers"})
     assert problem.what.startswith(
-        "xformers 0.0.35 is installed and xformers cannot be imported: RuntimeError: xFormers"
+        "xformers 0.0.35 is installed and does not load: RuntimeError: xFormers can't load C++/CUDA extensions; it was built"
     )
-    assert f"it was built for torch ==2.10.0, and this is torch {torch.__version__}" in problem.what
-    assert problem.fix == "pip uninstall xformers, or pip install torch==2.10.0"
+    assert f"torch of another version and asks for torch>=2.10, and this is torch {torch.__version__}" in problem.what
+    (package / "cpp_lib.json").write_text('{"version": {"torch": "2.10.0+cu128", "cuda": 1208}}')
+    [problem] = machine.broken_imports({"xformers": "xformers"})
+    assert (
+        f"built for torch 2.10.0+cu128 and asks for torch>=2.10, and this is torch {torch.__version__}" in problem.what
+    )
+    assert problem.fix == 'pip uninstall xformers, or pip install "torch==2.10.0"'
     (package / "_cpp_lib.py").write_text("_cpp_library_load_exception = None")
     assert machine.broken_imports({"xformers": "xformers"}) == []
 

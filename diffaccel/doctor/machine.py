@@ -251,12 +251,29 @@ def _broken(distribution: str, module: str, said: str) -> Problem:
     found = version(distribution)
     if found is None:
         return Problem(f"{distribution} is missing: {said}", f'pip install "{distribution}"')
+    if distribution == "xformers":
+        built, asked = _xformers_torch()
+        said = said.partition(" xFormers was built for")[0].rstrip(".")  # what for is said here
+        what = f"xformers {found} is installed and does not load: {said}; it was built for torch "
+        what += f"{built or 'of another version'} and asks for {asked}, and this is torch {torch.__version__}"
+        public = "" if built is None else f"=={built.partition('+')[0]}"
+        return Problem(what, f'pip uninstall xformers, or pip install "torch{public}"')
     what = f"{distribution} {found} is installed and {module} cannot be imported: {said}"
-    asked = next((one for one in map(Requirement, metadata.requires(distribution) or ()) if one.name == "torch"), None)
-    if distribution == "xformers" and asked is not None:
-        what += f"; it was built for torch {asked.specifier or 'of any version'}, and this is torch {torch.__version__}"
-        return Problem(what, f"pip uninstall xformers, or pip install {str(asked).split(';')[0].strip()}")
     return Problem(what, f'pip install --force-reinstall --no-deps "{distribution}"')
+
+
+def _xformers_torch() -> tuple[str | None, str]:
+    """The torch that an installed xFormers was built with, where it says so, and what its metadata asks for.
+
+    Its metadata may take later versions than its compiled parts load with.
+    """
+    asked = [str(one) for one in map(Requirement, metadata.requires("xformers") or ()) if one.name == "torch"]
+    try:
+        notes = metadata.distribution("xformers").locate_file("xformers/cpp_lib.json")
+        built = json.loads(Path(str(notes)).read_text(encoding="utf-8"))["version"]["torch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, ", ".join(asked) or "any torch"
+    return str(built), ", ".join(asked) or "any torch"
 
 
 # -- torch and the GPU ---------------------------------------------------------------------------------------------
