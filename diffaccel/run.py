@@ -26,6 +26,7 @@ from .kernel.weighted import over_entries
 from .observe import Observer
 from .plan import Plan
 from .policy import Answer, CachePolicy
+from .replay import Counted
 from .report import Report, SlotReport, environment
 from .reuse.history import History, index, without
 from .selection.blocks import Chosen, over_blocks, path
@@ -87,6 +88,10 @@ class Run:
         self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
         self._looking, self._apart = False, ""
+        self.tables: tuple[Tensor, Tensor] | None = None  # rotary tables that stand for the module's own
+        self.still = False  # whether what is stored stays where it is, for graphs that were captured
+        self.replayed = 0  # forwards that a captured graph stood for
+        self._counted: list[Counted] | None = None
 
     # -- told by a pipeline that generates block by block ---------------------------------------------------------
 
@@ -326,11 +331,12 @@ class Run:
         heads = () if answer == "reuse" else answer if isinstance(answer, tuple) else None
         if heads is None or not history.holds(key):
             outside = past(call.read)
-            history.replace(key, outside, site.noise, twice)
+            history.replace(key, outside, site.noise, twice, self.still)
             return outside
         if heads:
             history.update(heads, past(call.of_heads(heads)), site.noise, twice)
         self._reused(1 - len(heads) / len(history.noise))
+        call.reused = not heads
         return history.recall(site.noise, reuse.extrapolate)
 
     def saw(self, site: Site, outside: Partial, inside: Partial) -> None:
@@ -362,6 +368,8 @@ class Run:
 
     def close(self, call: "Call", keys: int) -> None:
         """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
+        if self._counted is not None:
+            self._counted.append(Counted(call.site.layer, call.site.part, call.keys_read, keys, call.reused))
         text = call.site.text
         total: Any = keys if text is None else keys - text.padding
         kept = total
@@ -462,7 +470,8 @@ class Run:
 
     def _describe_kernel(self) -> str:
         dense = ", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel
-        return dense + (f"; chosen blocks: {', '.join(sorted(self._paths))}" if self._paths else "")
+        found = dense + (f"; chosen blocks: {', '.join(sorted(self._paths))}" if self._paths else "")
+        return found + (f"; {self.replayed} forwards replayed" if self.replayed else "")
 
     def _describe_cache(self) -> dict[str, Any]:
         return self.cache.describe(self) if "cache" in self.slots else {}
@@ -524,6 +533,7 @@ class Call:
     lanes: int  # batch rows x heads
     keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
     chose: bool = False  # whether a selector left anything out
+    reused: bool = False  # whether all of the outside was
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""

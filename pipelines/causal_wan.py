@@ -34,6 +34,7 @@ from diffaccel.run import Run
 from diffaccel.site import Phase
 
 from . import inputs, streaming
+from .graphed import GraphedForwards, forward
 from .inputs import Rollout, Sampler, block_ranges
 
 logger = logging.get_logger(__name__)
@@ -117,6 +118,7 @@ class CausalWanPipeline(WanPipeline):
         callback_on_chunk_end: Callable[..., dict | None] | None = None,
         on_prompt_change: inputs.PromptChange = "keep",
         max_sequence_length: int = 512,
+        graphs: bool = False,
     ) -> WanPipelineOutput | tuple:
         """Generates a video. Arguments not listed are `WanPipeline`'s.
 
@@ -149,6 +151,9 @@ class CausalWanPipeline(WanPipeline):
                 was computed under the earlier prompt; "recompute" it, by running the blocks it still holds something
                 of under the new one (LongLive's KV-recache, arXiv 2509.22622, section 3.2); "flush" it, so that the
                 next block remembers the last one only.
+            graphs: capture forwards that repeat from block to block as CUDA graphs and replay them: those that reuse
+                (`FlashBlock`), and those over a past of one size that is read whole (`SinkRecent`). The rest runs as
+                ever. While `timing` is on nothing is captured.
 
         Returns:
             `WanPipelineOutput` whose `frames` are the video, or a tuple of it if not `return_dict`.
@@ -274,6 +279,9 @@ class CausalWanPipeline(WanPipeline):
             call, rows = rollout.call, rollout.latents.shape[0]
             size = (call.num_frames, call.height, call.width)
             run.begin(total, self.extent(*size, len(rollout.embeds), rows, call.frames_per_block))
+            rollout.forward = (
+                GraphedForwards(self.transformer, run) if call.graphs else partial(forward, self.transformer)
+            )
             with self.progress_bar(total=self._num_timesteps) as bar:
                 for index, frames in enumerate(rollout.blocks):
                     if active_run(self) is not run:
@@ -294,7 +302,7 @@ class CausalWanPipeline(WanPipeline):
                                 self._prompt_changed(rollout, run, index)
                             self._commit_block(rollout, run, index)
         finally:
-            self._generating = False
+            self._generating, run.still = False, False
 
     def extent(
         self,
@@ -380,13 +388,13 @@ class CausalWanPipeline(WanPipeline):
                 noise=rollout.noise[step],
             )
             with where, self.transformer.cache_context(branch):
-                velocity[branch] = self.transformer(
-                    hidden_states=latents.to(self.transformer.dtype),
-                    timestep=timestep,
-                    encoder_hidden_states=rollout.embeds[branch],
+                assert rollout.forward is not None
+                velocity[branch] = rollout.forward(
+                    latents.to(self.transformer.dtype),
+                    timestep,
+                    rollout.embeds[branch],
                     attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0].float()
+                ).float()
         if "uncond" not in velocity:
             return velocity["cond"]
         return velocity["uncond"] + self.guidance_scale * (velocity["cond"] - velocity["uncond"])

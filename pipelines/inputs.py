@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -39,6 +40,7 @@ class Rollout:
     given: int  # how many of the blocks come from the condition
     scheduler: Any  # its steps are set; every block starts from a copy
     call: SimpleNamespace  # the arguments of the call
+    forward: Callable[..., Tensor] | None = None  # latents, time and prompt to a velocity
 
     @property
     def steps(self) -> int:

@@ -8,6 +8,7 @@
 (`fast_vae`), milliseconds a pixel frame. Then arms that have one technique more each, at 10, 60 and 120 seconds of
 video: a block's milliseconds with nothing waited for inside, medians of several blocks; frames a second of denoising,
 and with the VAE one after the other and beside it on a stream of its own; and for how much of a block the GPU works.
+Graphs are compared with the forwards they stand for.
 Results go to DIR/stream.jsonl as they come.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from diffaccel import Accel, FlashBlock, PadCollapse, SinkRecent, TempCache
 from diffaccel.cache import KVCache
 from diffaccel.pipelines import StreamingDecoder
+from diffaccel.pipelines.graphed import GraphedForwards
 from diffaccel.pipelines.streaming import Decodes
 from diffaccel.policy import CachePolicy
 
@@ -40,14 +42,33 @@ PIXELS = 4 * FRAMES
 class Stream(Rollout):
     """A rollout whose blocks run as a stream's do."""
 
+    forwards: GraphedForwards | None = None
+
+    def forward_of(self, step: int, graphs: bool) -> Tensor:
+        """The output of one forward of the block at work."""
+        latents, t = self.bench.latents[self.block % 2], 0.0 if step == STEPS else 500.0
+        with self.at(step, "clean" if step == STEPS else "denoise"):
+            if self.forwards is None or not graphs:
+                return self.bench.forward(latents, t)
+            return self.forwards(latents, torch.full((1,), t, device=self.bench.device), self.bench.text)
+
     def steps(self) -> Tensor:
         """Launches a block's forwards; its last output."""
         for step in range(STEPS + 1):
-            phase = "clean" if step == STEPS else "denoise"
-            with self.at(step, phase):
-                out = self.bench.forward(self.bench.latents[self.block % 2], 0.0 if phase == "clean" else 500.0)
+            out = self.forward_of(step, graphs=True)
         self.block += 1
         return out
+
+    def check(self) -> None:
+        """Replayed forwards are those that are launched."""
+        allowed, before = 4 * torch.finfo(self.bench.dtype).eps, self.run.replayed
+        for step in range(STEPS):
+            launched, replayed = (self.forward_of(step, graphs) for graphs in (False, True))
+            off = float((launched.float() - replayed.float()).norm() / launched.float().norm())
+            if not off <= allowed:
+                raise SystemExit(f"RED: step {step} replayed is off by {off:.3g} of {allowed:.3g}")
+        if self.forwards is not None and self.run.replayed == before:
+            raise SystemExit("RED: nothing was replayed")
 
     def timed(self, each: Callable[[], object], blocks: int = BLOCKS) -> float:
         """Median milliseconds of a block."""
@@ -60,14 +81,13 @@ class Stream(Rollout):
             times.append(1e3 * (time.perf_counter() - began))
         return statistics.median(times)
 
-    def busy(self) -> float:
-        """Share of a block for which the GPU was at work."""
+    def busy(self, ms: float) -> float:
+        """Milliseconds of a block's kernels over those of the block, which were taken without a profiler."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as found:
-            ms = self.timed(self.steps, 1)
-        spans = [e.device_time_total for e in found.key_averages() if e.device_type.name == "CUDA"]
-        return sum(spans) / 1e3 / ms
+            self.timed(self.steps, 1)
+        return sum(e.self_device_time_total for e in found.key_averages()) / 1e3 / ms
 
 
 def decoders(bench: Bench, vae: AutoencoderKLWan, latents: Tensor) -> None:
@@ -89,17 +109,21 @@ def decoders(bench: Bench, vae: AutoencoderKLWan, latents: Tensor) -> None:
         bench.say(f"decoder, {name}", ms_a_frame=ms / PIXELS, speedup=times["diffusers"] / ms)
 
 
-def arms(toy: bool) -> dict[str, tuple[CachePolicy, Accel]]:
-    """Each with one technique more."""
+def arms(toy: bool, cuda: bool) -> dict[str, tuple[CachePolicy, Accel, bool]]:
+    """Each with one technique more; whether forwards are captured."""
     few = TempCache(0.9, budget="9 frames" if toy else "12 frames")
     flash: Any = FlashBlock(refresh=(0,), min_past=0)
-    return {
-        "dense": (KVCache(), Accel()),
-        "SinkRecent(20, 1)": (SinkRecent(5, 1) if toy else SinkRecent(20, 1), Accel()),
-        "TempCache, 12 frames": (few, Accel()),
-        "+ FlashBlock at step 0": (few, Accel(reuse=flash)),
-        "+ PadCollapse": (few, Accel(reuse=flash, prompt=PadCollapse())),
+    recent = SinkRecent(5, 1) if toy else SinkRecent(20, 1)
+    found = {
+        "dense": (KVCache(), Accel(), False),
+        "SinkRecent(20, 1)": (recent, Accel(), False),
+        "SinkRecent(20, 1), graphs": (recent, Accel(), True),
+        "TempCache, 12 frames": (few, Accel(), False),
+        "+ FlashBlock at step 0": (few, Accel(reuse=flash), False),
+        "+ graphs": (few, Accel(reuse=flash), True),
+        "+ PadCollapse": (few, Accel(reuse=flash, prompt=PadCollapse()), True),
     }
+    return {name: arm for name, arm in found.items() if cuda or not arm[2]}
 
 
 def main() -> None:
@@ -130,16 +154,22 @@ def main() -> None:
 
 def streams(bench: Bench, vae: AutoencoderKLWan, latents: Tensor, seconds: dict[int, int], toy: bool) -> None:
     dense: dict[int, float] = {}
-    for arm, (cache, accel) in arms(toy).items():
+    for arm, (cache, accel, graphs) in arms(toy, bench.device.type == "cuda").items():
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         lengths = {s: n for s, n in seconds.items() if arm != "dense" or n <= MOST_DENSE}
-        rollout = Stream(bench, cache, max(lengths.values()) + (BLOCKS + 5) * FRAMES, accel)
+        room = FRAMES * (10 if arm == "dense" else 3 * BLOCKS + 9)  # blocks that are run
+        rollout = Stream(bench, cache, max(lengths.values()) + room, accel)
         for length, frames in lengths.items():
             while rollout.block * FRAMES < frames:
                 rollout.skip()
-            rollout.steps()
+            if graphs and rollout.forwards is None:
+                rollout.forwards = GraphedForwards(bench.model, rollout.run)
+            for _ in range(3):  # kernels are chosen, graphs captured
+                rollout.steps()
+            if graphs:
+                rollout.check()
             ms = rollout.timed(rollout.steps, 2 if arm == "dense" else BLOCKS)
             if arm == "dense":
                 dense[length] = ms
@@ -150,11 +180,11 @@ def streams(bench: Bench, vae: AutoencoderKLWan, latents: Tensor, seconds: dict[
                 cache_gb=cached / 1e9, peak_gb=peak,
             )  # fmt: skip
         if arm != "dense":
-            with_vae(bench, f"{arm}, {length} s", rollout, vae, latents)
+            with_vae(bench, f"{arm}, {length} s", rollout, vae, latents, ms)
         rollout.close()
 
 
-def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, latents: Tensor) -> None:
+def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, latents: Tensor, block_ms: float) -> None:
     """A block and its pixels, one after the other and overlapped."""
     decoder = StreamingDecoder(vae)
     decodes = Decodes(decoder)
@@ -173,7 +203,7 @@ def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, la
         waiting()
 
     ms = rollout.timed(beside, 1) / BLOCKS
-    share = rollout.busy() if bench.device.type == "cuda" else 0.0
+    share = rollout.busy(block_ms) if bench.device.type == "cuda" else 0.0
     bench.say(f"{what}, with the VAE", fps_after=1e3 * PIXELS / after, fps_beside=1e3 * PIXELS / ms, gpu_busy=share)
 
 

@@ -105,6 +105,16 @@ class ExactTier:
             held.copy_(given)
         self._placed = end
 
+    def place_of(self, tokens: int) -> tuple[int, int] | None:
+        """Where so many more tokens go: the buffer's address and the first entry; None if it must grow."""
+        room = self._frames.shape[0] >= self._count + tokens
+        return (self._k.data_ptr(), self._count) if room else None
+
+    def reserve(self, tokens: int, frames: Tensor) -> None:
+        """As `place`, of keys and values that are written without it."""
+        self._placed = self._count + tokens
+        self._frames[self._count : self._placed] = frames
+
     def keep_placed(self) -> None:
         """The block at work is finished: it becomes part of the past."""
         self._count, self._notes = self._placed, {}

@@ -29,14 +29,21 @@ class History:
     def holds(self, key: Key) -> bool:
         return self.last is not None and self.key == key
 
-    def replace(self, key: Key, partial: Partial, noise: float, twice: bool) -> None:
-        """All heads were computed. `twice`: keep how far they moved."""
+    def replace(self, key: Key, partial: Partial, noise: float, twice: bool, still: bool = False) -> None:
+        """All heads were computed. `twice`: keep how far they moved; `still`: store where the last one lies."""
         if twice and self.last is not None and self.key == key:
             self.moved, earlier = _moved(self.last, partial), self.noise
         else:
             self.moved, earlier = None, [(noise, None)] * partial.out.shape[2]
         self.noise = [(noise, None if at == noise else at) for at, _ in earlier]
-        self.key, self.last = key, partial
+        self.key = key
+        if not still:
+            self.last = partial
+        elif self.last is not None and self.last.out.shape == partial.out.shape:
+            for old, new in zip(self.last, partial, strict=True):
+                old.copy_(new)
+        else:
+            self.last = Partial(*(x.clone() for x in partial))
 
     def update(self, heads: Sequence[int], fresh: Partial, noise: float, twice: bool) -> None:
         """Some heads (B, S, heads, D) were computed anew."""

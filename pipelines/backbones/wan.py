@@ -115,6 +115,7 @@ class _Rotary:
             if self.last[0] != key:
                 self.last = key, self._moved(rope, tables, start, latents.shape[2] // rope.patch_size[0])
             tables = self.last[1]
+        tables = self.run.tables or tables
         self.run.rotary = tables
         return tables
 

@@ -1,0 +1,96 @@
+"""When a forward repeats an earlier one exactly but for its inputs, so that a captured CUDA graph can stand for it.
+
+A graph launches the kernels of a forward with the addresses they had. So whatever a forward reads and writes must lie
+where it lay: the block at work in the cache, the past if it is read, a stored partial if it is reused. What Python does
+beside that (where the block lies, what is counted) is done anew at a replay.
+"""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .grid import Grid
+    from .run import Run
+    from .site import Part
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one call counted."""
+
+    layer: int
+    part: "Part"
+    keys_read: Any
+    keys: int
+    reused: bool
+
+
+def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
+    """What is equal for forwards that repeat each other, on `grid` with that prompt; None for one that stands alone.
+
+    Asked inside of `run.at`. None where Python decides anew each time: selections and windows, profiles, extrapolation,
+    a clean pass, steps that store; where the past is read through merged entries, which change from block to block; and
+    while time is measured call by call.
+    """
+    accel, reuse, extent, where = run.accel, run.accel.reuse, run.extent, run._where
+    if accel.selection is not None or accel.window is not None or run.timing or run.observer is not None:
+        return None
+    if not run.causal or extent is None or where.phase == "clean":
+        return None
+    if reuse is not None and (reuse.extrapolate or not reuse.needs_blocks):
+        return None
+    found: list[Hashable] = []
+    for layer in range(extent.layers):
+        site = replace(where, layer=layer, part="self", grid=grid)
+        memory, history = run.memory(site), run._histories[site.branch, layer]
+        place, answer = memory.exact.place_of(grid.tokens), run.reuse_answer(site, memory)
+        if place is None:
+            return None
+        if answer == "reuse" and history.holds((site.block, memory.version, "all")):
+            assert history.last is not None
+            found.append((place, *(x.data_ptr() for x in history.last)))
+        elif answer == "together" and not any(tier.count for tier in memory.older):
+            found.append(place)
+        else:
+            return None
+    prompt = run.prepare_prompt(text)
+    return where.branch, grid, prompt.data_ptr(), prompt.shape, run.prompt_multiplicity, tuple(found)
+
+
+@contextmanager
+def uncounted(run: "Run") -> Iterator[None]:
+    """Counters are afterwards what they were."""
+    before = {slot: replace(counts) for slot, counts in run.slots.items()}
+    try:
+        yield
+    finally:
+        for slot, counts in before.items():
+            vars(run.slots[slot]).update(vars(counts))
+
+
+@contextmanager
+def counting(run: "Run") -> Iterator[list[Counted]]:
+    """What the calls inside count, so that `repeat` can count it again."""
+    counted: list[Counted] = []
+    run._counted = counted
+    try:
+        yield counted
+    finally:
+        run._counted = None
+
+
+def repeat(run: "Run", grid: "Grid", counted: list[Counted]) -> None:
+    """What Python does in a forward, for one that a graph stands for. Asked between `run.enter` and `run.leave`."""
+    from .run import Call
+
+    for call in counted:
+        site = run.site(call.layer, call.part)
+        if call.part == "self":
+            run.memory(site).exact.reserve(grid.tokens, grid.frame_of_token(site.start))
+        if call.reused:
+            run._reused(1.0)
+        run.close(Call(run, site, 1, call.keys_read), keys=call.keys)

@@ -1,0 +1,134 @@
+"""Forwards of the denoiser that repeat each other, captured once as a CUDA graph and replayed.
+
+A block of a stream is a handful of forwards of a thousand kernels each. Where reuse leaves little to compute, the host
+takes longer to launch them than the GPU to run them; a graph is launched at once.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel import replay
+from diffaccel.errors import UnsupportedError
+from diffaccel.grid import Grid
+from diffaccel.run import Run
+
+_MOST = 8  # graphs held, each with what a forward needs
+_REMEMBERED = 64
+
+
+def forward(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **given: Any) -> Tensor:
+    """The velocity of latents (B, C, n, h, w)."""
+    out: Tensor = model(
+        hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False, **given
+    )[0]
+    return out
+
+
+def unfit(model: Any) -> str | None:
+    """Why forwards of a model cannot be captured, or None."""
+    if model.device.type != "cuda":
+        return f"these are on {model.device}; leave graphs out"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "offload moves these; leave one of the two out"
+    return None
+
+
+class GraphedForwards:
+    """Calls of one model under one run: forwards that came before in another block are captured, then replayed.
+
+    The first is run as it is, so that kernels are chosen and compiled; forwards that stand alone always are.
+
+    Raises:
+        UnsupportedError: the model is not on a GPU, or is moved there and back (offload).
+    """
+
+    def __init__(self, model: Any, run: Run) -> None:
+        if why := unfit(model):
+            raise UnsupportedError(f"forwards are captured as CUDA graphs of weights that stay on a GPU, and {why}")
+        self.model, self.run = model, run
+        self.captured = 0
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()  # the block that a key was first met in
+        self._graphs: OrderedDict[Hashable, Callable[[Tensor, Tensor], Tensor]] = OrderedDict()
+        self._pool: Any = None
+        self._tables: dict[Grid, tuple[int, tuple[Tensor, Tensor]]] = {}  # the start they are of, and they
+        run.still = True
+
+    def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor, **given: Any) -> Tensor:
+        """The velocity of latents (B, C, n, h, w), inside of `run.at`."""
+
+        now: Callable[[Tensor, Tensor], Tensor] = partial(forward, self.model, text=text, **given)
+        patch = self.model.config.patch_size
+        grid = Grid(*(size // side for size, side in zip(latents.shape[2:], patch, strict=True)))
+        key = replay.key(self.run, grid, text)
+        if key is None:
+            return now(latents, timestep)
+        block = self.run._where.block
+        if key not in self._graphs:
+            first = self._seen.setdefault(key, block)
+            while len(self._seen) > _REMEMBERED:
+                self._seen.popitem(last=False)
+            if first == block:
+                return now(latents, timestep)
+            self._graphs[key] = self._capture(now, grid, latents, timestep, text)
+            while len(self._graphs) > _MOST:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        self._rotate(grid, latents)
+        return self._graphs[key](latents, timestep)
+
+    def _rotate(self, grid: Grid, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary tables of this block, where the graphs read them."""
+        start, kept = self._tables.get(grid, (-1, None))
+        if kept is None or start != self.run.start:
+            tables = self.model.rope(latents)
+            if kept is None:
+                kept = tuple(table.clone() for table in tables)
+            for held, new in zip(kept, tables, strict=True):
+                held.copy_(new)
+            self._tables[grid] = self.run.start, kept
+        return kept
+
+    def _capture(
+        self, now: Callable[[Tensor, Tensor], Tensor], grid: Grid, latents: Tensor, timestep: Tensor, text: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        inputs = latents.clone(), timestep.clone()
+        self.run.tables = self._rotate(grid, latents)
+        try:
+            with replay.uncounted(self.run), replay.counting(self.run) as counted:
+                launch, out = self._record(lambda: now(*inputs))
+        finally:
+            self.run.tables = None
+        self.captured += 1
+        branch = self.run._where.branch
+
+        def again(latents: Tensor, timestep: Tensor) -> Tensor:
+            for held, new in zip(inputs, (latents, timestep), strict=True):
+                held.copy_(new)
+            self.run.enter(grid, branch, None, None)
+            self.run.prepare_prompt(text)
+            replay.repeat(self.run, grid, counted)
+            launch()
+            self.run.leave()
+            self.run.replayed += 1
+            return out.clone()
+
+        return again
+
+    def _record(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What launches the forward again, and where that leaves its result."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = forward()
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise UnsupportedError(
+                f"a forward of {type(self.model).__name__} cannot be captured as a CUDA graph: {why}; leave graphs out"
+            ) from error
+        self._pool = self._pool or graph.pool()
+        return graph.replay, out

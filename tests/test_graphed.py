@@ -1,0 +1,150 @@
+"""Forwards that repeat are replayed: the same video, the same counts, and nothing replayed that does not repeat."""
+
+import pytest
+import torch
+from test_policies import PROMPTS
+from tiny import tiny_pipeline
+
+from diffaccel import Accel, AnnSA, FlashBlock, InwardWindow, PadCollapse, SinkRecent, TempCache
+from diffaccel.errors import UnsupportedError
+from diffaccel.pipelines import graphed
+
+FLASH = FlashBlock(refresh=(0,), min_past=0)
+SETTINGS = {"height": 64, "width": 64, "num_frames": 65, "num_inference_steps": 4, "output_type": "latent"}
+REPEAT = {  # forwards that are replayed of 6 blocks of 3 latent frames (the last of 2) with 4 steps each
+    "flash": (Accel(reuse=FLASH, cache=TempCache(0.9, budget="6 frames")), 3),
+    "sink and recent": (Accel(cache=SinkRecent(3, 1)), 4),
+    "both": (Accel(cache=SinkRecent(3, 1), reuse=FLASH, prompt=PadCollapse()), 3),
+}
+ALONE = {
+    "dense": Accel(),
+    "merged entries": Accel(cache=TempCache(0.3)),
+    "every step computed": Accel(reuse=FlashBlock(refresh=1), cache=TempCache(0.3)),
+    "extrapolated": Accel(reuse=FlashBlock(refresh=(0, 2), min_past=0, extrapolate=0.5), cache=SinkRecent(3, 1)),
+    "selected": Accel(selection=AnnSA(0.3, dense_steps=0, min_past=0)),
+    "windows": Accel(window=InwardWindow((2, 2))),
+}
+
+
+def made(pipe, accel, timing=False, **given):
+    generator = torch.Generator().manual_seed(0)
+    with accel(pipe, timing=timing) as run:
+        given = {**SETTINGS, "guidance_scale": 1.0, **given}
+        frames = pipe(PROMPTS[0], generator=generator, **given).frames
+    return frames, run.report()
+
+
+def slots(report):
+    return {
+        slot: (c.calls, c.skipped, c.keys_total, c.keys_read, c.keys_kept, c.engaged)
+        for slot, c in report.slots.items()
+    }
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """On the CPU: a recorded forward is run again, with nothing counted. Gives the objects that were made."""
+    held = []
+
+    class Launched(graphed.GraphedForwards):
+        def __init__(self, model, run):
+            super().__init__(model, run)
+            held.append(self)
+
+        def _record(self, forward):
+            mine = self.run.tables
+            out = forward()
+
+            def launch():
+                with graphed.replay.uncounted(self.run):
+                    where, tables = self.run._where, self.run.tables
+                    self.run.tables = mine
+                    out.copy_(forward())
+                    self.run._where, self.run.tables = where, tables
+
+            return launch, out
+
+    monkeypatch.setattr(graphed, "unfit", lambda model: None)
+    monkeypatch.setattr("diffaccel.pipelines.causal_wan.GraphedForwards", Launched)
+    return held
+
+
+@pytest.mark.parametrize("name", REPEAT)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_what_repeats_is_replayed_and_counted_alike(name, guidance, launched):
+    accel, steps = REPEAT[name]
+    pipe = tiny_pipeline()
+    expected, usual = made(pipe, accel, guidance_scale=guidance)
+    found, report = made(pipe, accel, guidance_scale=guidance, graphs=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert slots(report) == slots(usual)
+    [forwards] = launched
+    branches = 1 if guidance == 1 else 2
+    assert forwards.captured == branches  # all of a block's are alike
+    assert forwards.run.replayed % (steps * branches) == 0
+    assert forwards.run.replayed >= 2 * steps * branches
+    assert not forwards.run.still
+    assert report.kernel == f"{usual.kernel}; {forwards.run.replayed} forwards replayed"
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_stands_alone_is_run(name, launched):
+    pipe = tiny_pipeline()
+    expected, usual = made(pipe, ALONE[name])
+    found, report = made(pipe, ALONE[name], graphs=True)
+    assert torch.equal(found, expected)
+    assert slots(report) == slots(usual)
+    assert launched[0].captured == 0
+
+
+def test_nothing_is_captured_while_calls_are_timed_on_a_gpu(launched):
+    _, _ = made(tiny_pipeline(), REPEAT["flash"][0], timing=True, graphs=True)
+    assert launched[0].captured == 0
+
+
+def test_a_prompt_that_changes_is_read(launched):
+    def stream(graphs):
+        pipe = tiny_pipeline()
+        with Accel(cache=SinkRecent(3, 1))(pipe):
+            chunks = pipe.stream(
+                PROMPTS[0], generator=torch.Generator().manual_seed(0), guidance_scale=1.0, graphs=graphs, **SETTINGS
+            )
+            found = [next(chunks) for _ in range(4)]
+            chunks.change_prompt(PROMPTS[1])
+            return torch.cat([*found, *chunks], 2)
+
+    torch.testing.assert_close(stream(True), stream(False), atol=1e-5, rtol=0)
+
+
+def test_a_model_on_the_cpu_is_refused():
+    with pytest.raises(UnsupportedError, match="that stay on a GPU, and these are on cpu"):
+        made(tiny_pipeline(), Accel(), graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+@pytest.mark.parametrize("name", REPEAT)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_is_the_forward_that_it_stands_for(name, compiled):
+    accel, steps = REPEAT[name]
+    pipe = tiny_pipeline().to("cuda", torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    if compiled:
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    expected, usual = made(pipe, accel)
+    held = []
+    init = graphed.GraphedForwards.__init__
+
+    def noted(self, model, run):
+        init(self, model, run)
+        held.append(self)
+
+    graphed.GraphedForwards.__init__ = noted
+    try:
+        found, report = made(pipe, accel, graphs=True)
+    finally:
+        graphed.GraphedForwards.__init__ = init
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    assert slots(report) == slots(usual)
+    assert held[0].run.replayed >= 2 * steps
