@@ -22,6 +22,7 @@ import typer
 
 from .pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL
 from .settings import UsageError, build_accel, describe_accel, describe_slots, describe_technique
+from .suggest import choose
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +79,12 @@ def generate(
     offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
     pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
     sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
+    compiling: Annotated[
+        str, typer.Option("--compile", help="the transformer's blocks: on, off, or auto, where it pays on a GPU")
+    ] = "auto",
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="replay forwards that repeat as CUDA graphs; attention is not timed then")
+    ] = False,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for pictures of the cache: length, recall, time")] = None,
@@ -103,6 +110,11 @@ def generate(
         picture = _read_first_frame(image) if image else None
 
         pipe, given = _open(model, pipeline, dtype, device, offload)
+        from .pipelines.compiling import MODES, compile_if  # imports diffusers, as what was opened did
+
+        choose(compiling, MODES, "--compile")
+        if graphs:
+            _check_graphs(pipe, comparing=comparing, observing=plots is not None)
         accel = build_accel(preset or _default_preset(pipe), changes or [])
         _require(
             plots is None or getattr(pipe, "block_causal", False),
@@ -121,6 +133,10 @@ def generate(
         arguments = {name: value for name, value in wanted.items() if value is not None}
         _check_arguments(pipe, accel, arguments, texts)
         fps = given.fps if fps is None else fps
+        if graphs:
+            arguments["graphs"] = True
+        if sentence := compile_if(compiling, pipe, arguments, len(texts) * (1 + comparing)):
+            _say(f"note: {sentence}")
         job = _Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
         typer.echo(f"preset {preset or _default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
@@ -171,7 +187,6 @@ def calibrate(
     with _one_sentence():
         from .calibrate import METHODS, PROMPTS, check, frames_wanted, summary
         from .calibrate import calibrate as measure
-        from .suggest import choose
 
         kind = METHODS[choose(method, tuple(METHODS), "method to calibrate")]
         out = Path(f"{method}.json") if out is None else out
@@ -645,7 +660,6 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
     from . import backbone
     from .errors import UnsupportedError
     from .pipelines.inputs import SAMPLERS, check_frames, check_size, unread
-    from .suggest import choose
 
     causal = bool(getattr(pipe, "block_causal", False))
     family, denoisers = backbone.find(pipe)
@@ -691,6 +705,20 @@ def _check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], promp
     texts = [*prompts, *([arguments["negative_prompt"]] if "negative_prompt" in arguments else [])]
     for sentence in unread(pipe.tokenizer, texts, _prompt_length(pipe)):
         _say(f"warning: {sentence}")
+
+
+def _check_graphs(pipe: Any, *, comparing: bool, observing: bool) -> None:
+    """Rules of --graphs, which captures nothing while attention is timed or observed."""
+    from .pipelines.graphed import unfit
+
+    _require(not comparing, "--graphs captures nothing while --compare times attention; leave one of the two out")
+    _require(not observing, "--graphs captures nothing while --plots looks at the cache; leave one of the two out")
+    _require(
+        getattr(pipe, "block_causal", False),
+        f"--graphs replays what repeats from block to block, and {type(pipe).__name__} has one; leave it out",
+    )
+    why = unfit(pipe.transformer)
+    _require(why is None, f"--graphs captures forwards of weights that stay on a GPU, and {why}")
 
 
 def _prompt_length(pipe: Any) -> int:
@@ -743,7 +771,8 @@ class _Job:
         idle = stopped = run = None
         writer = VideoWriter(file, self.fps)
         try:
-            observed = self.accel(self.pipe, timing=True, observe=self.observe)
+            timing = not self.arguments.get("graphs", False)
+            observed = self.accel(self.pipe, timing=timing, observe=self.observe)
             with observed as run, writer, _progress(prompt) as show:
                 if run.causal:
                     self._stream(prompt, run, writer, show)
@@ -764,6 +793,9 @@ class _Job:
         content: dict[str, Any] = {**done, "settings": settings, "interrupted": stopped is not None, "idle": idle}
         if run is not None:
             report = run.report()
+            if self.arguments.get("graphs") and not run.replayed:
+                _say("note: no forward repeated an earlier block's, so none was replayed: --graphs needs FlashBlock's "
+                     "reused steps, or SinkRecent over more blocks")  # fmt: skip
             content |= report.to_dict()
             if writer.frames:
                 _print_report(file, writer.frames, report)
@@ -777,6 +809,7 @@ class _Job:
             **self.arguments,
             generator=torch.Generator().manual_seed(self.seed),
             callback_on_step_end=_counts_steps(show),
+            overlap=self.pipe._execution_device.type == "cuda",
         )
         with closing(stream):
             for chunk in stream:
