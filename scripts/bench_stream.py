@@ -130,6 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU if there is no GPU")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for stream.jsonl")
+    parser.add_argument(
+        "--roofline", action="store_true", help="no streams: the decoder, and a forward by its roofline"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.toy:
@@ -149,7 +152,43 @@ def main() -> None:
             bench.model.compile_repeated_blocks(fullgraph=True)
             check_exact(bench)
             bench.say("compiled", seconds=time.perf_counter() - began)
-        streams(bench, vae, latents, seconds, options.toy)
+        roofline(bench)
+        if not options.roofline:
+            streams(bench, vae, latents, seconds, options.toy)
+
+
+def roofline(bench: Bench) -> None:
+    """A forward over a past of eight frames beside what its matrix products and attention take by themselves."""
+    window = 8
+    rollout = Stream(bench, SinkRecent(window - 1, 1), 30 * FRAMES, Accel())
+    rollout.forwards = GraphedForwards(bench.model, rollout.run) if bench.device.type == "cuda" else None
+    while rollout.block * FRAMES < 2 * window:
+        rollout.skip()
+    for _ in range(3):
+        rollout.steps()
+    shape, side = bench.shape, 8192 if bench.device.type == "cuda" else 64
+    keys = (window + FRAMES) * bench.tokens // FRAMES
+    q, k, v = (bench.randn(1, n, shape["heads"], shape["dim"]) for n in (bench.tokens, keys, keys))
+    square, kernel = bench.randn(side, side), rollout.run.kernel_for(q)
+    times = bench.time(
+        {
+            "launched": lambda: rollout.forward_of(1, graphs=False),
+            "replayed": lambda: rollout.forward_of(1, graphs=True),
+            "attention": lambda: kernel.partial(q, k, v, scale=0.1),
+            "product": lambda: square @ square,
+        },
+        7,
+    )
+    weights = sum(p.numel() for name, p in bench.model.named_parameters() if name.startswith("blocks") and p.ndim == 2)
+    products = 2 * weights * bench.tokens / (2 * side**3 / times["product"])
+    bound = products + shape["layers"] * times["attention"]
+    for name in ("launched", "replayed"):
+        bench.say(
+            f"a forward over {keys - bench.tokens} keys, {name}", ms=times[name], products_ms=products,
+            attention_ms=shape["layers"] * times["attention"], of_roofline=times[name] / bound,
+            product_tflops=2 * side**3 / times["product"] / 1e9,
+        )  # fmt: skip
+    rollout.close()
 
 
 def streams(bench: Bench, vae: AutoencoderKLWan, latents: Tensor, seconds: dict[int, int], toy: bool) -> None:

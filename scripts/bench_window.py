@@ -98,8 +98,8 @@ compiled_flex = torch.compile(flex_attention, dynamic=False)
 class Bench(Says):
     """What all measurements share."""
 
-    def __init__(self, sizes: dict[str, Any], device: str, out: Path, rounds: int) -> None:
-        self.sizes, self.device, self.rounds = sizes, torch.device(device), rounds
+    def __init__(self, sizes: dict[str, Any], device: str, out: Path, rounds: int, compiled: bool = False) -> None:
+        self.sizes, self.device, self.rounds, self.compiled = sizes, torch.device(device), rounds, compiled
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "window.jsonl").open("w")
@@ -210,11 +210,34 @@ class Bench(Says):
             guide = FullFieldGuide(every, shrink=native, hold=hold)
             name = f"native field, P={every}" + ("" if hold == "device" else f", {hold}")
             found[name] = every, ours(Accel(window=window, reuse=guide))
-        found["as published, P=2"] = 2, TwoRows.over(model, latents, texts, times, window, grid, every=2)
+        if not self.compiled:
+            found["as published, P=2"] = 2, TwoRows.over(model, latents, texts, times, window, grid, every=2)
         return found
 
     def step(self, grid: Grid) -> None:
         """A step of two forwards, with the prompt and without."""
+        size = self.sizes["size"]
+        self.check_step(grid)
+        for layers in self.sizes["layers"][: 1 if self.compiled else None]:
+            model = self.model(layers)
+            if self.compiled:
+                model.compile_repeated_blocks(fullgraph=True)
+            weights = sum(x.numel() * x.element_size() for x in model.parameters())
+            arms = self.arms(model, grid, InwardWindow(size, self.sizes["tile"]))
+            if layers == min(self.sizes["layers"]):
+                rounds = max(1, self.rounds // 3)
+                calls = {name: partial(run, steps) for name, (steps, run) in arms.items()}
+                times = medians(calls, rounds, self.device)
+            else:  # too long to be repeated; what launches first has been compiled
+                times = {name: self.once(name, partial(run, steps), weights) for name, (steps, run) in arms.items()}
+            times = {name: ms / arms[name][0] for name, ms in times.items()}
+            what = f"{grid}, {layers} layers{', compiled' * self.compiled}: a step"
+            for name, ms in times.items():
+                over = times.get("as published, P=2", math.nan) / ms
+                self.say(f"{what}, {name}", ms=ms, over_dense=times["dense"] / ms, over_published=over)
+
+    def check_step(self, grid: Grid) -> None:
+        """A guided step is the published one."""
         size = self.sizes["size"]
         model, small = self.model(1), Grid(grid.frames, size[0] + 3, size[1] + 2)
         model.blocks[0].attn1.norm_q.weight.mul_(10)  # what steers is then seen through rounding
@@ -229,22 +252,6 @@ class Bench(Says):
             raise SystemExit(f"RED: a guided step is not the published one: off by more than {allowed:.3g}")
         if not apart(expected[0], other[0]) > 2 * allowed:
             raise SystemExit("RED: the check would not have seen a step without the guide")
-        for layers in self.sizes["layers"]:
-            model = self.model(layers)
-            weights = sum(x.numel() * x.element_size() for x in model.parameters())
-            arms = self.arms(model, grid, InwardWindow(size, self.sizes["tile"]))
-            if layers == min(self.sizes["layers"]):
-                rounds = max(1, self.rounds // 3)
-                calls = {name: partial(run, steps) for name, (steps, run) in arms.items()}
-                times = medians(calls, rounds, self.device)
-            else:  # too long to be repeated; what launches first has been compiled
-                times = {name: self.once(name, partial(run, steps), weights) for name, (steps, run) in arms.items()}
-            times = {name: ms / arms[name][0] for name, ms in times.items()}
-            for name, ms in times.items():
-                self.say(
-                    f"{grid}, {layers} layers: a step, {name}", ms=ms, over_dense=times["dense"] / ms,
-                    over_published=times["as published, P=2"] / ms,
-                )  # fmt: skip
 
     def once(self, name: str, run: Callable[[], object], weights: int) -> float:
         """Milliseconds, and the memory at most beside the weights."""
@@ -343,11 +350,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for window.jsonl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("attention", "step"))
+    parser.add_argument("--compile", action="store_true", help="of the steps those of few layers, blocks compiled")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.toy:
         raise SystemExit("the full shape needs a GPU; --toy runs anywhere")
-    bench = Bench(TOY if options.toy else FULL, device, options.out, options.rounds)
+    bench = Bench(TOY if options.toy else FULL, device, options.out, options.rounds, options.compile)
     bench.say(
         "environment", device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__
     )
