@@ -24,6 +24,7 @@ import torch
 from bench_cache import STEPS, Rollout, check_exact, synchronise
 from bench_seam import FRAMES, SHAPES, Bench
 from diffusers import AutoencoderKLWan
+from timing import medians
 from torch import Tensor
 
 from diffaccel import Accel, FlashBlock, PadCollapse, SinkRecent, TempCache
@@ -37,6 +38,7 @@ SECONDS = {10: 39, 60: 240, 120: 480}  # of video at 16 frames a second, and lat
 MOST_DENSE = 240  # 120 s of keys and values are 138 GB
 BLOCKS = 5
 PIXELS = 4 * FRAMES
+WAYS = ("launched", "replayed")
 
 
 class Stream(Rollout):
@@ -170,19 +172,13 @@ def roofline(bench: Bench) -> None:
     keys = (window + FRAMES) * bench.tokens // FRAMES
     q, k, v = (bench.randn(1, n, shape["heads"], shape["dim"]) for n in (bench.tokens, keys, keys))
     square, kernel = bench.randn(side, side), rollout.run.kernel_for(q)
-    times = bench.time(
-        {
-            "launched": lambda: rollout.forward_of(1, graphs=False),
-            "replayed": lambda: rollout.forward_of(1, graphs=True),
-            "attention": lambda: kernel.partial(q, k, v, scale=0.1),
-            "product": lambda: square @ square,
-        },
-        7,
-    )
+    times = bench.time({way: lambda way=way: rollout.forward_of(1, graphs=way == "replayed") for way in WAYS}, 7)
+    alone = {"attention": lambda: kernel.partial(q, k, v, scale=0.1), "product": lambda: square @ square}
+    times |= medians(alone, 7, bench.device, calls=20)
     weights = sum(p.numel() for name, p in bench.model.named_parameters() if name.startswith("blocks") and p.ndim == 2)
     products = 2 * weights * bench.tokens / (2 * side**3 / times["product"])
     bound = products + shape["layers"] * times["attention"]
-    for name in ("launched", "replayed"):
+    for name in WAYS:
         bench.say(
             f"a forward over {keys - bench.tokens} keys, {name}", ms=times[name], products_ms=products,
             attention_ms=shape["layers"] * times["attention"], of_roofline=times[name] / bound,

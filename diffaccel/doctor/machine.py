@@ -377,7 +377,7 @@ def video_problems(write: Callable[..., object] | None = None) -> list[Problem]:
             (write or write_video)(Path(folder) / "two.mp4", np.zeros((2, 16, 16, 3), np.uint8))
         except (VideoError, OSError, ImportError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            fix = "pip install --force-reinstall --no-deps imageio-ffmpeg, or write a .gif or a folder: -o frames/"
+            fix = "pip install --force-reinstall --no-deps imageio-ffmpeg, or write a folder: -o frames/"
             return [Problem(f"no mp4 can be written: {said}", fix)]
     return []
 
