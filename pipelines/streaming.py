@@ -80,13 +80,15 @@ class Decodes:
     """Blocks of one video on their way to pixels, beside what the device does next.
 
     On a GPU a block is decoded on a stream of its own, so that the next one is denoised meanwhile; with the VAE on a
-    second GPU (`pipe.vae.to("cuda:1")`) the two share nothing. On the CPU it is decoded when it is asked for.
+    second GPU (`pipe.vae.to("cuda:1")`) the two share nothing. On the CPU, and where offload would move weights for
+    every block, it is decoded when it is asked for.
     """
 
     def __init__(self, decoder: "StreamingDecoder", clock: Clock = _no_clock) -> None:
         self.decoder, self._clock = decoder, clock
         self._device = get_module_execution_device(decoder.vae)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        beside = self._device.type == "cuda" and not hasattr(decoder.vae, "_hf_hook")
+        self._stream = torch.cuda.Stream(self._device) if beside else None
 
     def submit(self, latents: Tensor) -> Callable[[], Tensor]:
         """Starts on the next block, normalised latents (B, C, n, h, w); what is returned gives its pixels."""

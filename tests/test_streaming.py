@@ -6,7 +6,7 @@ from tiny import CHANNELS, tiny_vae
 
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import StreamingDecoder
-from diffaccel.pipelines.streaming import decode, encode, normalise, unnormalise
+from diffaccel.pipelines.streaming import Decodes, decode, encode, normalise, unnormalise
 
 FRAMES = 6
 
@@ -160,3 +160,15 @@ def test_encode_is_the_normalised_mode(vae):
     assert found.shape == (1, CHANNELS, 3, 4, 6)
     assert torch.equal(found, again)
     assert (found - (posterior.mean - mean) / std).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_offloaded_weights_move_once_a_video(offloaded, monkeypatch):
+    """Which blocks are decoded beside others is decided by where the VAE is and whether it moves."""
+    made, vae = [], tiny_vae()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device))
+    monkeypatch.setattr("diffaccel.pipelines.streaming.get_module_execution_device", lambda vae: torch.device("cuda"))
+    if offloaded:
+        vae._hf_hook = object()
+    Decodes(StreamingDecoder(vae))
+    assert made == ([] if offloaded else [torch.device("cuda")])
