@@ -98,7 +98,8 @@ class Decodes:
         with torch.cuda.stream(self._stream):
             pixels = self._decode(latents)
             done = self._stream.record_event()
-        latents.record_stream(self._stream)
+        if latents.device == self._device:  # to another one they were copied in the order of their own stream
+            latents.record_stream(self._stream)
 
         def wait() -> Tensor:
             here = torch.cuda.current_stream(self._device)

@@ -105,10 +105,10 @@ class ExactTier:
             held.copy_(given)
         self._placed = end
 
-    def place_of(self, tokens: int) -> tuple[int, int] | None:
-        """Where so many more tokens go: the buffer's address and the first entry; None if it must grow."""
+    def place_of(self, tokens: int) -> tuple[int, int, int] | None:
+        """Where so many more tokens go: the buffers' addresses and the first entry; None if they must grow."""
         room = self._frames.shape[0] >= self._count + tokens
-        return (self._k.data_ptr(), self._count) if room else None
+        return (self._k.data_ptr(), self._v.data_ptr(), self._count) if room else None
 
     def reserve(self, tokens: int, frames: Tensor) -> None:
         """As `place`, of keys and values that are written without it."""
