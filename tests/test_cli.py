@@ -17,7 +17,8 @@ from tiny import tiny_components, tiny_pipeline
 from typer.testing import CliRunner
 
 from diffaccel import Accel, FlashBlock, KnobError, PadCollapse, TempCache
-from diffaccel.cli import _progress, app
+from diffaccel.cli import app
+from diffaccel.cli.show import progress_bar
 from diffaccel.pipelines import CausalWanPipeline
 from diffaccel.pipelines.presets import PRESETS
 from diffaccel.settings import UsageError, build_accel, parse_knob
@@ -229,7 +230,7 @@ def test_ctrl_c_that_was_swallowed_ends_the_run_at_the_next_step(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    with _progress("") as show:
+    with progress_bar("") as show:
         show(1, 3, None)
         held = Swallows()
         del held

@@ -1,0 +1,154 @@
+"""Making the videos of one command."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .checks import fail, say
+from .show import Shower, counts_steps, out_console, print_report, progress_bar
+
+if TYPE_CHECKING:
+    from ..accel import Accel
+    from ..run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished (or stopped) video: its JSON report, and what went wrong if something did."""
+
+    report: dict[str, Any]
+    idle: str | None = None
+    interrupted: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all videos of one command have in common."""
+
+    pipe: Any
+    accel: "Accel"
+    arguments: dict[str, Any]
+    seed: int
+    fps: float
+    many: bool
+    observe: bool = False
+
+    def generate(self, prompts: Sequence[str], out: Path) -> list[Result]:
+        """A video a prompt; stops after the first that is interrupted."""
+        files = [out]
+        if self.many:
+            out.mkdir(exist_ok=True)
+            files = [out / f"{name}.mp4" for name in slugs(prompts)]
+        results = []
+        for prompt, file in zip(prompts, files, strict=True):
+            results.append(self._one(prompt, file))
+            if results[-1].interrupted:
+                break
+        return results
+
+    def _one(self, prompt: str, file: Path) -> Result:
+        from ..errors import NotEngagedError
+        from ..video import VideoWriter
+
+        idle = stopped = run = None
+        writer = VideoWriter(file, self.fps)
+        try:
+            timing = not self.arguments.get("graphs", False)
+            observed = self.accel(self.pipe, timing=timing, observe=self.observe)
+            with observed as run, writer, progress_bar(prompt) as show:
+                if run.causal:
+                    self._stream(prompt, run, writer, show)
+                else:
+                    self._at_once(prompt, run, writer, show)
+        except NotEngagedError as error:
+            idle = str(error)
+        except KeyboardInterrupt:
+            kept = f"they are in '{file}'" if writer.frames else "nothing was written"
+            stopped = f"interrupted after {writer.frames} of {self.arguments['num_frames']} frames; {kept}"
+        done = {
+            "file": str(file) if writer.frames else None,
+            "prompt": prompt,
+            "seed": self.seed,
+            "fps_of_file": self.fps,
+        }
+        settings = {name: value for name, value in self.arguments.items() if name != "image"}
+        content: dict[str, Any] = {**done, "settings": settings, "interrupted": stopped is not None, "idle": idle}
+        if run is not None:
+            report = run.report()
+            if self.arguments.get("graphs") and not run.replayed:
+                say("note: no forward repeated an earlier block's, so none was replayed: --graphs needs FlashBlock's "
+                     "reused steps, or SinkRecent over more blocks")  # fmt: skip
+            content |= report.to_dict()
+            if writer.frames:
+                print_report(file, writer.frames, report)
+        return Result(content, idle, stopped)
+
+    def _stream(self, prompt: str, run: "Run", writer: Any, show: "Shower") -> None:
+        import torch
+
+        stream = self.pipe.stream(
+            prompt=[prompt],
+            **self.arguments,
+            generator=torch.Generator().manual_seed(self.seed),
+            callback_on_step_end=counts_steps(show),
+            overlap=self.pipe._execution_device.type == "cuda",
+        )
+        with closing(stream):
+            for chunk in stream:
+                writer.append(chunk[0])
+                show(None, None, run)
+
+    def _at_once(self, prompt: str, run: "Run", writer: Any, show: "Shower") -> None:
+        from ..compare import generate as generate_once
+
+        arguments = {**self.arguments, "prompt": prompt, "callback_on_step_end": counts_steps(show)}
+        writer.append(generate_once(self.pipe, run, self.seed, arguments).frames)
+
+    def compare(self, prompt: str, folder: Path) -> Result:
+        from ..compare import ARMS, compare
+
+        try:
+            with progress_bar(prompt) as show:
+
+                def on_arm(name: str, number: int, count: int) -> None:
+                    show(number, count, None, ARMS[name])
+
+                result = compare(self.pipe, self.accel, prompt=prompt, seed=self.seed, on_arm=on_arm, **self.arguments)
+        except KeyboardInterrupt:
+            fail("interrupted; a comparison needs all its arms, so nothing was written", 130)
+        files = result.write(folder, self.fps)
+        console = out_console()
+        print_report(files[1], len(result.accelerated), result.reports["free_running"])
+        console.print(result.table(), highlight=False, soft_wrap=True)
+        console.print(f"in {folder}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
+        return Result(result.to_dict(), result.idle)
+
+
+def slugs(prompts: Sequence[str]) -> list[str]:
+    """A file name for each prompt: its words with dashes, numbered where two are alike."""
+    names: list[str] = []
+    for prompt in prompts:
+        base = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "video"
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def finish(results: Sequence[Result], *, asked: bool) -> None:
+    """Say what went wrong and exit with its code; what the default preset could not use here was nobody's mistake."""
+    for result in results:
+        if result.idle:
+            say(result.idle if asked else "note: of the default preset, " + result.idle.removeprefix("asked for and "))
+        if result.interrupted:
+            say(result.interrupted)
+    if any(result.interrupted for result in results):
+        raise typer.Exit(130)
+    if asked and any(result.idle for result in results):
+        raise typer.Exit(1)
