@@ -265,6 +265,7 @@ MISTAKES = [
     (["--scale", 2, "--guidance", 1, "--negative", "red"], "--negative acts through guidance, which is 1"),
     (["--scale", 2, "--frames", 6], "the nearest valid values are 5 and 9"),
     (["--scale", 2, "--guide-field", "half"], 'guide_field is "native" or "whole", got \'half\''),
+    (["--scale", 2, "--compile", "sometimes"], "choose one of auto, on, off"),
     (["--scale", 2, "--guide-every", 0], "--guide-every is at least 1"),
     (["--scale", 2, "--strength", 0], r"strength is a share of the steps in (0, 1]"),
     (["--scale", 2, "--hold", "disk"], "choose one of device, int8, host"),

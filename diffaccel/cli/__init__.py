@@ -47,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_COMPILE = "the transformer's blocks: on, off, or auto, where it pays on a GPU"
 _MODEL = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '.join(BUNDLED_MODELS)}"
 
 
@@ -86,9 +87,7 @@ def generate(
     offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
     pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
     sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
-    compiling: Annotated[
-        str, typer.Option("--compile", help="the transformer's blocks: on, off, or auto, where it pays on a GPU")
-    ] = "auto",
+    compiling: Annotated[str, typer.Option("--compile", help=_COMPILE)] = "auto",
     graphs: Annotated[
         bool, typer.Option("--graphs", help="replay forwards that repeat as CUDA graphs; attention is not timed then")
     ] = False,
@@ -334,6 +333,7 @@ def upscale(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="encode and decode in tiles: less memory")] = False,
     offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
     pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
+    compiling: Annotated[str, typer.Option("--compile", help=_COMPILE)] = "auto",
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
 ) -> None:
@@ -366,7 +366,9 @@ def upscale(
 
         pipe, given = open_pipeline(model, pipeline, dtype, device, offload)
         from ..pipelines import FreeSwimPipeline  # imports diffusers, which the rules above need not wait for
+        from ..pipelines.compiling import MODES, compile_if
 
+        choose(compiling, MODES, "--compile")
         base = parse_size(native) if native else (given.width, given.height)
         start = base if video is None else (video.shape[2], video.shape[1])
         if scale is not None:
@@ -411,6 +413,9 @@ def upscale(
             f"{expected.forwards} forwards, {expected.passes} of them over the whole field; about "
             f"{expected.seconds:.0f} s of denoising, {readable(expected.kept_bytes)} kept to guide"
         )
+        again = max(1, int(settings.get("num_inference_steps", 50) * strength))
+        if sentence := compile_if(compiling, pipe, settings | {"num_inference_steps": again}, 1):
+            say(f"note: {sentence}")
         runs: list[Run] = []
         with progress_bar(text or what) as show:
             made = big(
