@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import struct
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -122,10 +124,10 @@ def check_checkpoint(folder: str | Path) -> dict[str, Any]:
 
 def _lacking(root: Path, index: dict[str, Any]) -> dict[str, list[str]]:
     """The components of a checkpoint that have no folder in it, with the library and class of each."""
-    return {name: source for name, source in _components(index).items() if not (root / name).is_dir()}
+    return {name: source for name, source in components(index).items() if not (root / name).is_dir()}
 
 
-def _components(index: dict[str, Any]) -> dict[str, list[str]]:
+def components(index: dict[str, Any]) -> dict[str, list[str]]:
     """Library and class of every component in a `model_index.json` that is not left empty."""
     return {
         name: source
@@ -151,7 +153,7 @@ def _check_base(root: Path, base: Path, lacking: dict[str, list[str]]) -> None:
         # also what ends the search where a checkpoint names itself
         raise LoadError(f"the base '{base}' of '{root}' has a base itself; name one in '{file}' that is complete")
     try:
-        known = _components(check_checkpoint(base))
+        known = components(check_checkpoint(base))
     except LoadError as error:
         raise LoadError(f"the base of '{root}' cannot be used: {error}") from error
     for name, source in lacking.items():
@@ -301,26 +303,14 @@ def load(
         raise LoadError(
             f"--offload {offload} moves weights to a GPU when they are needed, and the device is the CPU; drop it"
         )
-    source = _find(model)
-    local = Path(source)
-    generation: dict[str, Any] = {}
-    base, lacking = None, []
-    if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
-        index = check_checkpoint(local)
-        generation, base, lacking = _read_generation(local), _base(local), list(_lacking(local, index))
-        pipeline = pipeline or generation.get("pipeline")
-    else:
-        index = _hub_index(str(source))
-    cls = _pipeline_class(index["_class_name"], pipeline, str(source))
-    given = {"sampler": generation["sampler"]} if "sampler" in generation and pipeline == "causal" else {}
-    try:
-        if base is not None and lacking:
-            given |= _load_from_base(base, lacking, kind)
-        pipe = cls.from_pretrained(str(source), dtype=_component_dtypes(index, kind), **given)
-    except DiffaccelError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        raise LoadError(f"'{source}' cannot be opened as {cls.__name__}: {_first_line(error)}") from error
+    source = locate(model, pipeline)
+    given: dict[str, Any] = {}
+    if "sampler" in source.generation and source.pipeline == "causal":
+        given["sampler"] = source.generation["sampler"]
+    with opening(source):
+        if source.base is not None and source.lacking:
+            given |= _load_from_base(source.base, list(source.lacking), kind)
+        pipe = source.cls.from_pretrained(source.name, dtype=_component_dtypes(source.index, kind), **given)
     pipe.set_progress_bar_config(disable=True)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=where)
@@ -329,6 +319,48 @@ def load(
     else:
         pipe.to(where)
     return pipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: where it lies, and what it says of itself."""
+
+    name: str  # a folder or a hub name
+    index: dict[str, Any]
+    pipeline: str | None  # one of `PIPELINES`, as asked for or as it says itself
+    cls: Any  # of the pipeline that opens it
+    generation: dict[str, Any]  # of its `generation.json`
+    base: Path | None  # which has the components that it lacks
+    lacking: Collection[str]
+
+
+def locate(model: str | Path | None, pipeline: str | None) -> Source:
+    """The checkpoint of that name, and the class that opens it. Raises as `load`."""
+    source = _find(model)
+    local = Path(source)
+    generation: dict[str, Any] = {}
+    base: Path | None = None
+    lacking: Collection[str] = ()
+    if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
+        index = check_checkpoint(local)
+        generation, base, lacking = _read_generation(local), _base(local), _lacking(local, index)
+        pipeline = pipeline or generation.get("pipeline")
+    else:
+        index = _hub_index(str(source))
+    cls = _pipeline_class(index["_class_name"], pipeline, str(source))
+    return Source(str(source), index, pipeline, cls, generation, base, lacking)
+
+
+@contextmanager
+def opening(source: Source) -> Iterator[None]:
+    """What the libraries raise while a checkpoint is opened becomes a `LoadError` of one sentence."""
+    try:
+        yield
+    except DiffaccelError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        name = source.cls.__name__
+        raise LoadError(f"'{source.name}' cannot be opened as {name}: {_first_line(error)}") from error
 
 
 def _find(model: str | Path | None) -> str | Path:
@@ -347,7 +379,7 @@ def _load_from_base(base: Path, names: list[str], kind: torch.dtype) -> dict[str
     """Those components of a checked checkpoint; the others are not read."""
     index = _read_json(base / "model_index.json")
     cls = _pipeline_class(index["_class_name"], "stock", str(base))
-    others = {name: None for name in _components(index) if name not in names}
+    others = {name: None for name in components(index) if name not in names}
     pipe = cls.from_pretrained(str(base), dtype=_component_dtypes(index, kind), **others)
     return {name: getattr(pipe, name) for name in names}
 

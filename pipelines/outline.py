@@ -7,21 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from diffaccel.errors import DiffaccelError
-
-from .loading import (
-    _HUB_NAME,
-    LoadError,
-    _base,
-    _components,
-    _find,
-    _first_line,
-    _hub_index,
-    _lacking,
-    _pipeline_class,
-    _read_generation,
-    check_checkpoint,
-)
+from .loading import components, locate, opening
 
 
 def outline(model: str | Path | None = None, *, pipeline: Literal["causal", "stock"] | None = None) -> Any:
@@ -30,27 +16,13 @@ def outline(model: str | Path | None = None, *, pipeline: Literal["causal", "sto
     Text and image encoders and tokenizers are None. It takes no memory worth mentioning, and of a hub name only
     configuration files are fetched. Raises as `load`.
     """
-    source = _find(model)
-    local = Path(source)
-    base, lacking = None, {}
-    if local.exists() or isinstance(source, Path) or not _HUB_NAME.fullmatch(str(source)):
-        index = check_checkpoint(local)
-        base, lacking = _base(local), _lacking(local, index)
-        pipeline = pipeline or _read_generation(local).get("pipeline")
-    else:
-        index = _hub_index(str(source))
-    cls = _pipeline_class(index["_class_name"], pipeline, str(source))
-    try:
+    source = locate(model, pipeline)
+    with opening(source), _no_progress_bar():
         parts = {
-            name: _empty(kind, str(base if name in lacking else source), name)
-            for name, (_, kind) in _components(index).items()
+            name: _empty(kind, str(source.base if name in source.lacking else source.name), name)
+            for name, (_, kind) in components(source.index).items()
         }
-        with _no_progress_bar():
-            return cls.from_pretrained(str(source), **parts)
-    except DiffaccelError:
-        raise
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-        raise LoadError(f"'{source}' cannot be opened as {cls.__name__}: {_first_line(error)}") from error
+        return source.cls.from_pretrained(source.name, **parts)
 
 
 def _empty(kind: str, source: str, folder: str) -> Any:
