@@ -45,9 +45,12 @@ def estimate(
     run = max(1, int(steps * strength))
     branches = 2 if guidance > 1 else 1
     guide = big.accel.reuse
-    passes = 0 if guide is None else -(-run // guide.every) * blocks
-    ordinary = (run + causal) * branches * blocks  # the clean pass of a block, as well
     rows, columns = big.tokens(height, width)
+    clean = blocks - 1 if causal else 0  # passes of finished blocks; nothing reads the last
+    ordinary = (run * blocks + clean) * branches
+    passes = 0 if guide is None else -(-run // guide.every) * blocks
+    if guide is not None and big.field(height, width) != (rows, columns):
+        passes += clean  # they have a past of their own
     seen = min(rows, big.window[0]) * min(columns, big.window[1])
     past = frames / 2 if causal and blocks > 1 else 0.0  # on average
 

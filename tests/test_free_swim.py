@@ -1,6 +1,7 @@
 """Larger videos than a model was trained for, through both kinds of Wan pipelines and the command line."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -306,6 +307,34 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change_that_would(folder
     assert not list(tmp_path.iterdir())
     if remedy in need:
         assert upscale(folder, PROMPT, "--scale", 2, "-o", tmp_path / "out.mp4", *remedy.split()).exit_code == 0
+
+
+@pytest.mark.parametrize("field", ["native", "whole"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["causal", "stock"])
+def test_the_estimate_counts_every_forward(kind, guidance, field):
+    pipe, forwards = (tiny_pipeline() if kind == "causal" else stock()), []
+    big = FreeSwimPipeline(pipe, native=NATIVE, guide_every=2, guide_field=field)
+    found = upscale_module.estimate(big, 64, 96, 17, steps=5, strength=0.7, guidance=guidance)
+    hook = pipe.transformer.register_forward_hook(lambda *_: forwards.append(run[0]._where.full_field))
+    run = []
+    accelerated = big.accel_for
+
+    class Told(type(accelerated(64, 96))):
+        def __call__(self, *given, **more):
+            return self._told(super().__call__(*given, **more))
+
+        @contextmanager
+        def _told(self, inner):
+            with inner as found_run:
+                run.append(found_run)
+                yield found_run
+
+    big.accel_for = lambda *size: Told(**vars(accelerated(*size)))
+    big(PROMPT, clip(17), **LARGE, num_inference_steps=5, strength=0.7, guidance_scale=guidance)
+    hook.remove()
+    assert len(forwards) == found.forwards
+    assert sum(forwards) == found.passes
 
 
 def test_a_causal_model_keeps_the_past_of_every_branch():
