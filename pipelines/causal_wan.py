@@ -119,6 +119,7 @@ class CausalWanPipeline(WanPipeline):
         on_prompt_change: inputs.PromptChange = "keep",
         max_sequence_length: int = 512,
         graphs: bool = False,
+        decoder: Callable[[Tensor], Tensor] | None = None,
     ) -> WanPipelineOutput | tuple:
         """Generates a video. Arguments not listed are `WanPipeline`'s.
 
@@ -154,6 +155,9 @@ class CausalWanPipeline(WanPipeline):
             graphs: capture forwards that repeat from block to block as CUDA graphs and replay them: those that reuse
                 (`FlashBlock`), and those over a past of one size that is read whole (`SinkRecent`). The rest runs as
                 ever. While `timing` is on nothing is captured.
+            decoder: in place of the VAE's, such as a small one: called with the normalised latents (B, C, n, h, w) of
+                each block in order, it gives pixels (B, 3, F, H, W) in [-1, 1], 4n - 3 frames for the first block and
+                4n for the others.
 
         Returns:
             `WanPipelineOutput` whose `frames` are the video, or a tuple of it if not `return_dict`.
@@ -175,7 +179,7 @@ class CausalWanPipeline(WanPipeline):
                 if output_type == "latent":
                     result = torch.cat(list(blocks()), dim=2)
                 else:
-                    frames = streaming.decode(self.vae, blocks(), run.clock)
+                    frames = streaming.decode(self.vae, blocks(), run.clock, self._given_decoder(decoder))
                     result = self.video_processor.postprocess_video(frames, output_type=output_type)
                 frames_made = self._pixel_frames(sum(block.shape[2] for block in made))
                 run.produced(made[0].shape[0] * frames_made, wait=True)
@@ -213,7 +217,10 @@ class CausalWanPipeline(WanPipeline):
         """
         bound = inspect.signature(self.__call__).bind(*args, **kwargs)
         bound.apply_defaults()
-        decoder = None if bound.arguments["output_type"] == "latent" else streaming.StreamingDecoder(self.vae)
+        decoder: streaming.Decoder | None = None
+        if bound.arguments["output_type"] != "latent":
+            given = self._given_decoder(bound.arguments["decoder"])
+            decoder = streaming.StreamingDecoder(self.vae) if given is None else given
         try:
             with torch.no_grad():
                 rollout = self._prepare(SimpleNamespace(**bound.arguments))
@@ -237,9 +244,7 @@ class CausalWanPipeline(WanPipeline):
         rollout.embeds.update(self._encode_prompts(call))
 
     @torch.no_grad()
-    def _stream(
-        self, rollout: Rollout, decoder: streaming.StreamingDecoder | None, overlap: bool
-    ) -> Generator[Any, None, None]:
+    def _stream(self, rollout: Rollout, decoder: streaming.Decoder | None, overlap: bool) -> Generator[Any, None, None]:
         output_type = rollout.call.output_type
         waiting: deque[Callable[[], Any]] = deque()
         start = 0
@@ -483,6 +488,11 @@ class CausalWanPipeline(WanPipeline):
             branch: rows.repeat_interleave(call.num_videos_per_prompt, dim=0).to(self.transformer.dtype)
             for branch, rows in embeds.items()
         }
+
+    def _given_decoder(self, function: Callable[[Tensor], Tensor] | None) -> streaming.Decoder | None:
+        if function is None:
+            return None
+        return streaming.GivenDecoder(function, self._execution_device, self.vae_scale_factor_temporal)
 
     def _pixel_frames(self, latent_frames: int) -> int:
         return 1 + (latent_frames - 1) * self.vae_scale_factor_temporal if latent_frames else 0

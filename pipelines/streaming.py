@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
@@ -62,18 +62,57 @@ def _no_clock(section: str, device: torch.device) -> AbstractContextManager[None
     return nullcontext()
 
 
-def decode(vae: AutoencoderKLWan, blocks: Iterable[Tensor], clock: Clock = _no_clock) -> Tensor:
+def decode(
+    vae: AutoencoderKLWan, blocks: Iterable[Tensor], clock: Clock = _no_clock, decoder: "Decoder | None" = None
+) -> Tensor:
     """Normalised latents of a whole video, in blocks (B, C, n, h, w), to pixels (B, 3, 1+4(L-1), H, W) in [-1, 1].
 
-    A block is decoded while the next one is being made. The frames are those of a `StreamingDecoder` given the same
-    blocks, bit for bit. With tiling it is `vae.decode`.
+    A block is decoded while the next one is being made, by `decoder` if there is one. Else the frames are those of a
+    `StreamingDecoder` given the same blocks, bit for bit, and with tiling those of `vae.decode`.
     """
-    if vae.use_tiling:
+    if decoder is None and vae.use_tiling:
         latents = torch.cat(list(blocks), dim=2)
         with clock("decode", latents.device):
             return vae.decode(unnormalise(vae, latents), return_dict=False)[0]
-    decodes = Decodes(StreamingDecoder(vae), clock)
+    decodes = Decodes(decoder or StreamingDecoder(vae), clock)
     return torch.cat([pixels() for pixels in [decodes.submit(block) for block in blocks]], dim=2)
+
+
+class Decoder(Protocol):
+    """Decodes one video block by block."""
+
+    device: torch.device
+    moves: bool
+    """Whether offload moves its weights."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next block (B, C, n, h, w), normalised, to pixels (B, 3, 4n or 4n-3, H, W) in [-1, 1]."""
+        ...
+
+
+class GivenDecoder:
+    """A user's own decoder, such as a small one: a function of a block's normalised latents, called in order.
+
+    Raises:
+        KnobError: from `decode`, where what it gives are not a block's frames.
+    """
+
+    moves = False
+
+    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device, stride: int = 4) -> None:
+        self.function, self.device, self.stride, self.frames = function, device, stride, 0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.function(latents)
+        frames = self.stride * latents.shape[2] - (self.stride - 1 if self.frames == 0 else 0)
+        wanted = (latents.shape[0], 3, frames)
+        if pixels.ndim != 5 or tuple(pixels.shape[:3]) != wanted:
+            raise KnobError(
+                f"a decoder gives pixels (B, 3, F, H, W) in [-1, 1]: for this block {wanted} and the video's size, got "
+                f"{tuple(pixels.shape)}"
+            )
+        self.frames += frames
+        return pixels
 
 
 class Decodes:
@@ -84,10 +123,10 @@ class Decodes:
     every block, it is decoded when it is asked for.
     """
 
-    def __init__(self, decoder: "StreamingDecoder", clock: Clock = _no_clock) -> None:
+    def __init__(self, decoder: "Decoder", clock: Clock = _no_clock) -> None:
         self.decoder, self._clock = decoder, clock
-        self._device = get_module_execution_device(decoder.vae)
-        beside = self._device.type == "cuda" and not hasattr(decoder.vae, "_hf_hook")
+        self._device = decoder.device
+        beside = self._device.type == "cuda" and not decoder.moves
         self._stream = torch.cuda.Stream(self._device) if beside else None
 
     def submit(self, latents: Tensor) -> Callable[[], Tensor]:
@@ -169,6 +208,7 @@ class StreamingDecoder:
                 " decoded; call vae.disable_tiling(), or generate without streaming"
             )
         self.vae, self.at_once, self.fast = vae, at_once, fast
+        self.device, self.moves = get_module_execution_device(vae), hasattr(vae, "_hf_hook")
         self.frames = 0
         self._shape: tuple[int, ...] | None = None
         self._past: list[list[Tensor | None]] = []

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import CHANNELS, HEIGHT, TEXT_DIM, WIDTH, tiny_components, tiny_pipeline
 
 from diffaccel import Accel, RollingRebased, SinkRecent
-from diffaccel.errors import UnsupportedError
+from diffaccel.errors import KnobError, UnsupportedError
 from diffaccel.pipelines import CausalWanPipeline, block_ranges
 from diffaccel.pipelines.inputs import block_schedule
 from diffaccel.pipelines.streaming import encode
@@ -763,6 +763,27 @@ def test_an_overlapped_stream_gives_the_same_chunks_a_block_later(output_type):
     assert len(chunks) == len(plain) == 3
     for chunk, expected in zip(chunks, plain, strict=True):
         assert (np.array_equal if output_type == "np" else torch.equal)(chunk, expected)
+
+
+def test_a_decoder_of_ones_own_gets_the_blocks_in_order():
+    settings, met = {**SETTINGS, "output_type": "pt", "num_frames": 33}, []
+    pipe = tiny_pipeline()
+    latents = pipe(PROMPT, generator=seed(), **settings | {"output_type": "latent"}).frames
+
+    def small(block):
+        met.append(block.clone())
+        first = sum(x.shape[2] for x in met) == block.shape[2]
+        frames = 4 * block.shape[2] - 3 * first
+        return block.mean((1, 2), keepdim=True).clamp(-1, 1).repeat(1, 3, frames, 8, 8)
+
+    frames = pipe(PROMPT, generator=seed(), decoder=small, **settings).frames
+    assert frames.shape == (1, 33, 3, HEIGHT, WIDTH)
+    assert torch.equal(torch.cat(met, 2), latents)
+    met.clear()
+    chunks = list(pipe.stream(PROMPT, generator=seed(), decoder=small, overlap=True, **settings))
+    assert torch.equal(torch.cat(chunks, 1), frames)
+    with pytest.raises(KnobError, match=r"for this block \(1, 3, 9\)"):
+        pipe(PROMPT, generator=seed(), decoder=lambda block: block, **settings)
 
 
 @pytest.mark.gpu
