@@ -486,9 +486,9 @@ def named_for_generate(items: Sequence[Item]) -> list[Item]:
     """The items with the file names that `diffaccel generate --prompts` gives their prompts."""
     from dataclasses import replace
 
-    from diffaccel.cli import _slugs
+    from diffaccel.cli.job import slugs
 
-    names = _slugs([item.prompt for item in items])
+    names = slugs([item.prompt for item in items])
     return [replace(item, file=f"{name}.mp4") for item, name in zip(items, names, strict=True)]
 
 
