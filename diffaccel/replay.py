@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .policy import PromptPolicy, ReusePolicy
+
 if TYPE_CHECKING:
     from .grid import Grid
     from .run import Run
@@ -32,16 +34,21 @@ class Counted:
 def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
     """What is equal for forwards that repeat each other, on `grid` with that prompt; None for one that stands alone.
 
-    Asked inside of `run.at`. None where Python decides anew each time: selections and windows, profiles, extrapolation,
-    a clean pass, steps that store; where the past is read through merged entries, which change from block to block; and
-    while time is measured call by call.
+    Asked inside of `run.at`. None where Python decides anew each time: selections and windows, policies that look at
+    single calls, profiles, extrapolation, a clean pass, steps that store; where the past is read through merged
+    entries, which change from block to block; and while time is measured call by call.
     """
     accel, reuse, extent, where = run.accel, run.accel.reuse, run.extent, run._where
+    prompt = accel.prompt
     if accel.selection is not None or accel.window is not None or run.timing or run.observer is not None:
         return None
     if not run.causal or extent is None or where.phase == "clean":
         return None
-    if reuse is not None and (reuse.extrapolate or not reuse.needs_blocks):
+    if prompt is not None and type(prompt).near is not PromptPolicy.near:
+        return None
+    if reuse is not None and (
+        reuse.extrapolate or type(reuse).cross is not ReusePolicy.cross or type(reuse).saw is not ReusePolicy.saw
+    ):
         return None
     found: list[Hashable] = []
     for layer in range(extent.layers):
@@ -57,8 +64,8 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
             found.append(place)
         else:
             return None
-    prompt = run.prepare_prompt(text)
-    return where.branch, grid, prompt.data_ptr(), prompt.shape, run.prompt_multiplicity, tuple(found)
+    read = run.prepare_prompt(text)
+    return where.branch, grid, read.data_ptr(), read.shape, run.prompt_multiplicity, tuple(found)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 from test_policies import PROMPTS
 from tiny import tiny_pipeline
 
-from diffaccel import Accel, AnnSA, FlashBlock, InwardWindow, PadCollapse, SinkRecent, TempCache
+from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, InwardWindow, PadCollapse, SinkRecent, TempCache
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import graphed
 
@@ -23,6 +23,7 @@ ALONE = {
     "extrapolated": Accel(reuse=FlashBlock(refresh=(0, 2), min_past=0, extrapolate=0.5), cache=SinkRecent(3, 1)),
     "selected": Accel(selection=AnnSA(0.3, dense_steps=0, min_past=0)),
     "windows": Accel(window=InwardWindow((2, 2))),
+    "prompt tokens chosen block by block": Accel(prompt=AnnCA(bits=4, tables=1), cache=SinkRecent(3, 1)),
 }
 
 
