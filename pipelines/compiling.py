@@ -15,10 +15,10 @@ from diffaccel.suggest import choose
 
 MODES = ("auto", "on", "off")
 COSTS = 20.0
-"""Seconds that compiling takes at most, about: 11 were met on an H100 for the blocks of Wan2.1-1.3B."""
+"""Seconds that compiling takes at most, about: 11 to 13 were met on an H100 for the blocks of Wan2.1-1.3B."""
 SAVES = 0.1e-6
-"""Seconds that a layer saves for each token, by 1 536 channels, over running eagerly: 14 ms a forward of 4 680 tokens
-through 30 layers were met."""
+"""Seconds that a layer saves for each token, by 1 536 channels, over running eagerly: 15.7 ms of a forward of 4 680
+tokens through 30 layers were met on an H200 (samples/RESULTS.md)."""
 
 
 def compile_blocks(pipe: Any) -> Callable[[], None]:
@@ -54,8 +54,8 @@ def unfit(denoiser: nn.Module) -> str | None:
     return None
 
 
-def compile_if(mode: str, pipe: Any, arguments: dict[str, Any], videos: int) -> str | None:
-    """Compile as `mode` of `MODES` says, for so many videos with the `arguments` of a call; "auto" where it pays.
+def compile_if(mode: str, pipe: Any, forwards: int, tokens: int) -> str | None:
+    """Compile as `mode` of `MODES` says, "auto" where so many forwards to come, each of so many tokens, pay for it.
 
     Returns a sentence where "auto" compiles.
 
@@ -69,7 +69,6 @@ def compile_if(mode: str, pipe: Any, arguments: dict[str, Any], videos: int) -> 
     if mode == "on":
         compile_blocks(pipe)
         return None
-    forwards, tokens = to_come(pipe, arguments, videos)
     saved = expected_saving(pipe, forwards, tokens)
     _, denoisers = backbone.find(pipe)
     if saved < COSTS or any(unfit(denoiser) for denoiser in denoisers):
@@ -79,7 +78,7 @@ def compile_if(mode: str, pipe: Any, arguments: dict[str, Any], videos: int) -> 
 
 
 def to_come(pipe: Any, arguments: dict[str, Any], videos: int) -> tuple[int, int]:
-    """Forwards of the denoiser, and tokens of one."""
+    """Forwards of the denoiser in so many videos with the `arguments` of a call, and tokens of one."""
     family, denoisers = backbone.find(pipe)
     patch, scale = family.geometry(denoisers[0]).patch, pipe.vae_scale_factor_spatial
     frames = 1 + (arguments["num_frames"] - 1) // pipe.vae_scale_factor_temporal

@@ -1,8 +1,8 @@
 """The decoder of Wan's VAE with less traffic: the same convolutions, channels-last, and what lies between them fused.
 
-Of a decoded frame half the time on a GPU goes into copies and elementwise passes: padding, joining with the frames
-before, norms and activations in fp32, layouts turned around, pixels doubled in fp32. Here a norm, its activation and
-the frames before meet in the buffer that the convolution reads, which pads by itself.
+On a GPU much of a frame's time goes into copies and elementwise passes: padding, joining with the frames before, norms
+and activations in fp32, layouts turned around, pixels doubled in fp32. Here a norm, its activation and the frames
+before meet in the buffer that the convolution reads, which pads by itself (samples/RESULTS.md has what that saves).
 """
 
 from collections.abc import Iterator

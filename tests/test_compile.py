@@ -34,28 +34,28 @@ def test_one_graph_for_all_layers_and_the_same_numbers(accel):
 def test_blocks_are_compiled_where_asked_and_given_back():
     pipe = tiny_pipeline(layers=3)
     blocks = list(pipe.transformer.blocks)
-    assert compile_if("off", pipe, {}, 1) is None
+    assert compile_if("off", pipe, 1, 1) is None
     assert all(block._compiled_call_impl is None for block in blocks)
     undo = compile_blocks(pipe)
     assert all(block._compiled_call_impl is not None for block in blocks)
     undo()
     assert all(block._compiled_call_impl is None for block in blocks)
-    assert compile_if("on", pipe, {}, 1) is None
+    assert compile_if("on", pipe, 1, 1) is None
     assert all(block._compiled_call_impl is not None for block in blocks)
     with pytest.raises(KnobError, match="unknown --compile 'always': choose one of auto, on, off"):
-        compile_if("always", pipe, {}, 1)
+        compile_if("always", pipe, 1, 1)
 
 
 @pytest.mark.parametrize(("frames", "compiled"), [(9, False), (4_000_001, True)])
 def test_auto_compiles_where_it_pays(frames, compiled, monkeypatch):
     pipe = tiny_pipeline()
     given = {"num_frames": frames, "height": 480, "width": 832, "num_inference_steps": 4, "guidance_scale": 1.0}
-    assert compile_if("auto", pipe, given, 1) is None  # on the CPU never
+    forwards, tokens = to_come(pipe, given, 1)
+    assert compile_if("auto", pipe, forwards, tokens) is None  # on the CPU never
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
     monkeypatch.setattr(pipe.transformer, "compile_repeated_blocks", lambda **given: None)
-    sentence = compile_if("auto", pipe, given, 1)
+    sentence = compile_if("auto", pipe, forwards, tokens)
     assert (sentence is not None) == compiled
-    forwards, tokens = to_come(pipe, given, 1)
     assert forwards == -(-(1 + (frames - 1) // 4) // 3) * 5
     assert tokens == 3 * 30 * 52
     if compiled:

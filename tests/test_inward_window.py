@@ -260,6 +260,16 @@ def run(pipe, steps=6, height=64, width=96, guidance=3.0, **given):
     ).frames  # fmt: skip
 
 
+def projected(attn, hidden_states, encoder_hidden_states, rotary_emb):
+    """Queries, keys and values (B, H, N, D) as the stock processor makes them."""
+    source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+    if rotary_emb is not None:
+        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+    return [x.transpose(1, 2) for x in (q, k, v)]
+
+
 class TwoRows(WanAttnProcessor):
     """The published loop: row 0 sees windows, row 1 the whole field and lends row 0 its cross-attention."""
 
@@ -269,13 +279,8 @@ class TwoRows(WanAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         cross = encoder_hidden_states is not None
-        source = encoder_hidden_states if cross else hidden_states
-        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        if rotary_emb is not None:
-            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         attend = torch.nn.functional.scaled_dot_product_attention
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
         scale = q.shape[-1] ** -0.5
         if not cross:
             window = attend(q[:1], k[:1], v[:1], attn_mask=self.mask, scale=scale * self.factor)
@@ -406,12 +411,7 @@ def natively_guided(pipe, window, every, grid, small):
     class Native(TwoRows):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
             cross = encoder_hidden_states is not None
-            source = encoder_hidden_states if cross else hidden_states
-            q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
-            q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-            if rotary_emb is not None:
-                q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            q, k, v = projected(attn, hidden_states, encoder_hidden_states, rotary_emb)
             windowed = not cross and not state["small"]
             larger = windowed or window.scale(site_of(small)) > 1  # also a pass on a grid that is, if a smaller one
             scale = q.shape[-1] ** -0.5 * (1 if cross or not larger else factor)

@@ -8,6 +8,7 @@ frames so far are kept).
 import dataclasses
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +117,7 @@ def generate(
         picture = read_first_frame(image) if image else None
 
         pipe, given = open_pipeline(model, pipeline, dtype, device, offload)
-        from ..pipelines.compiling import MODES, compile_if  # imports diffusers, as what was opened did
+        from ..pipelines.compiling import MODES, compile_if, to_come  # imports diffusers, as what was opened did
 
         choose(compiling, MODES, "--compile")
         if graphs:
@@ -141,7 +142,7 @@ def generate(
         fps = given.fps if fps is None else fps
         if graphs:
             arguments["graphs"] = True
-        if sentence := compile_if(compiling, pipe, arguments, len(texts) * (1 + comparing)):
+        if sentence := compile_if(compiling, pipe, *to_come(pipe, arguments, len(texts) * (1 + comparing))):
             say(f"note: {sentence}")
         job = Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
         typer.echo(f"preset {preset or default_preset(pipe)}: {describe_accel(accel)}")
@@ -413,8 +414,8 @@ def upscale(
             f"{expected.forwards} forwards, {expected.passes} of them over the whole field; about "
             f"{expected.seconds:.0f} s of denoising, {readable(expected.kept_bytes)} kept to guide"
         )
-        again = max(1, int(settings.get("num_inference_steps", 50) * strength))
-        if sentence := compile_if(compiling, pipe, settings | {"num_inference_steps": again}, 1):
+        tokens = big.frames_at_once(count) * prod(big.tokens(height, width))
+        if sentence := compile_if(compiling, pipe, expected.forwards, tokens):
             say(f"note: {sentence}")
         runs: list[Run] = []
         with progress_bar(text or what) as show:

@@ -33,10 +33,10 @@ class FullFieldGuide(ReusePolicy):
     first forward influences nothing, and no such forward is made at the other steps nor for the branch without a
     prompt: the result is that of the paper's loop over two rows, with fewer of them computed.
 
-    Such a pass reads keys at distances that training never knew, and it costs more than all forwards with windows
-    around it. With `shrink` it runs on the nearest latents of a smaller grid, such as that of training, and what it
-    finds is spread over the larger one: ours, cheaper by orders of magnitude and closer to the base video. In a causal
-    model these passes have a past of their own, on their grid.
+    Such a pass reads keys at distances that training never knew, and it costs as much as several forwards with windows.
+    With `shrink` it runs on the nearest latents of a smaller grid, such as that of training, and what it finds is
+    spread over the larger one: ours, many times cheaper and closer to the base video. In a causal model these passes
+    have a past of their own, on their grid.
     """
 
     paper: ClassVar[str] = "FreeSwim, arXiv 2511.14712, section 3"
