@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Run
 from diffaccel.errors import KnobError, UnsupportedError
+from diffaccel.suggest import choose
 from diffaccel.video import to_uint8
 
 from . import inputs, streaming
@@ -92,8 +93,7 @@ class FreeSwimPipeline:
         tile = (max(1, rows // 4), max(1, columns // 4)) if tile is None else tile
         self.window = rows, columns
         window = InwardWindow(self.window, tile, ratio=ratio)
-        if guide_field not in ("native", "whole"):
-            raise KnobError(f'guide_field is "native" or "whole", got {guide_field!r}')
+        choose(guide_field, ("native", "whole"), "guide_field")
         guide = None if guide_every is None else FullFieldGuide(every=guide_every, hold=hold)
         self.guide_field = guide_field
         self.accel: Any = replace(accel, window=window, reuse=guide)

@@ -265,7 +265,7 @@ MISTAKES = [
     (["--scale", 2, "--fps", 0], "--fps must lie in (0, 240]"),
     (["--scale", 2, "--guidance", 1, "--negative", "red"], "--negative acts through guidance, which is 1"),
     (["--scale", 2, "--frames", 6], "the nearest valid values are 5 and 9"),
-    (["--scale", 2, "--guide-field", "half"], 'guide_field is "native" or "whole", got \'half\''),
+    (["--scale", 2, "--guide-field", "nativ"], "choose one of native, whole; did you mean 'native'?"),
     (["--scale", 2, "--compile", "sometimes"], "choose one of auto, on, off"),
     (["--scale", 2, "--guide-every", 0], "--guide-every is at least 1"),
     (["--scale", 2, "--strength", 0], r"strength is a share of the steps in (0, 1]"),
