@@ -29,7 +29,7 @@ class Port:
         _next += 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with self.run.timed(q.device):
+        with self.run.timed(q.device, self.layer, self.part):
             return attend(q, k, v, self.run.site(self.layer, self.part), self.run)
 
 

@@ -72,11 +72,13 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
 def uncounted(run: "Run") -> Iterator[None]:
     """Counters are afterwards what they were."""
     before = {slot: replace(counts) for slot, counts in run.slots.items()}
+    layers = {key: replace(counts, engaged={**counts.engaged}) for key, counts in run._layers.items()}
     try:
         yield
     finally:
         for slot, counts in before.items():
             vars(run.slots[slot]).update(vars(counts))
+        run._layers = layers
 
 
 @contextmanager
@@ -98,6 +100,5 @@ def repeat(run: "Run", grid: "Grid", counted: list[Counted]) -> None:
         site = run.site(call.layer, call.part)
         if call.part == "self":
             run.memory(site).exact.reserve(grid.tokens, grid.frame_of_token(site.start))
-        if call.reused:
-            run._reused(1.0)
-        run.close(Call(run, site, 1, call.keys_read), keys=call.keys)
+        engaged = {"reuse": 1.0} if call.reused else {}
+        run.close(Call(run, site, 1, call.keys_read, engaged=engaged), keys=call.keys)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,42 @@ class SlotReport:
 
     def rounded(self) -> "SlotReport":
         """A copy with whole key counts: while a run goes on they may be fractions, or tensors on the GPU."""
-        counts = {name: round(float(getattr(self, name))) for name in ("keys_kept", "keys_read", "keys_total")}
-        skipped = round(self.skipped, 3)
-        return replace(self, skipped=int(skipped) if skipped == int(skipped) else skipped, **counts)  # type: ignore[arg-type]
+        return replace(self, skipped=_tidy(self.skipped), **_whole(self))
+
+
+@dataclass
+class LayerReport:
+    """One attention ("self" or "cross") of one layer: the counts of its `calls` as in `SlotReport`, of all slots.
+
+    `keys_kept` is what the cache left, `keys_read` what the kernel read. `engaged` has for every slot the calls that it
+    changed: a cache that held less than all or held it otherwise, a window or selection that left keys out, a prompt
+    that was shortened, a reuse that answered (some heads of a call by their share). `seconds` is None unless attention
+    was timed.
+    """
+
+    layer: int
+    part: str
+    engaged: dict[str, float]
+    calls: int = 0
+    keys_kept: int = 0
+    keys_read: int = 0
+    keys_total: int = 0
+    seconds: float | None = None
+
+    def add(self, engaged: Mapping[str, float], total: Any, kept: Any, read: Any) -> None:
+        """Count one call."""
+        self.calls += 1
+        self.keys_total += total
+        self.keys_kept += kept
+        self.keys_read += read
+        for slot, share in engaged.items():
+            if slot in self.engaged:
+                self.engaged[slot] += share
+
+    def rounded(self, seconds: float | None) -> "LayerReport":
+        """A copy as `SlotReport.rounded`, with its seconds."""
+        engaged = {slot: _tidy(share) for slot, share in self.engaged.items()}
+        return replace(self, engaged=engaged, seconds=seconds, **_whole(self))
 
 
 @dataclass
@@ -47,7 +81,8 @@ class Report:
     `cache.max_tokens` is the most entries any layer and branch kept; what else it holds is the policy's
     (`CachePolicy.describe`), and `recall` of an observed run. `blocks`, of a block-causal generation, has a line for
     each finished block: the latent `frame` it ends at, `tokens` a layer kept on average and `seen`, `bytes` of all
-    caches, and `seconds` since the block before, decoding included where frames are streamed.
+    caches, and `seconds` since the block before, decoding included where frames are streamed. `layers` has a row for
+    each attention of each layer.
     """
 
     slots: dict[str, SlotReport]
@@ -59,6 +94,7 @@ class Report:
     cache: dict[str, Any]
     environment: dict[str, str]
     blocks: list[dict[str, Any]]
+    layers: list[LayerReport]
     quality: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +124,15 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _whole(counts: "SlotReport | LayerReport") -> dict[str, Any]:
+    return {name: round(float(getattr(counts, name))) for name in ("keys_kept", "keys_read", "keys_total")}
+
+
+def _tidy(calls: float) -> float:
+    rounded = round(calls, 3)
+    return int(rounded) if rounded == int(rounded) else rounded
 
 
 def environment(device: torch.device | None, dtype: torch.dtype | None) -> dict[str, str]:

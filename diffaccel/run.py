@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,7 @@ from .observe import Observer
 from .plan import Plan
 from .policy import Answer, CachePolicy
 from .replay import Counted
-from .report import Report, SlotReport, environment
+from .report import LayerReport, Report, SlotReport, environment
 from .reuse.history import History, index, without
 from .selection.blocks import Chosen, over_blocks, path
 from .site import FIELD, Part, Phase, Site
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MOST_BLOCKS = 4096
 """Lines of `Report.blocks`."""
 
+_Section = str | tuple[int, Part]  # of time: a part of a generation, or the attention of one layer
 _NOWHERE = Site(0, "self", 0, 1, 0, 0, "denoise", "main", Grid(1, 1, 1))
 
 
@@ -76,9 +77,10 @@ class Run:
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
         self._paths: set[str] = set()  # what read listed blocks of keys
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[_Section, float] = defaultdict(float)
+        self._layers: dict[tuple[int, Part], LayerReport] = {}
         self._chosen_bytes: defaultdict[str, int] = defaultdict(int)  # of the last forward of each branch
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[_Section, torch.cuda.Event, torch.cuda.Event]] = []
         self._began: float | None = None
         self._before = self._elapsed = 0.0
         self._frames = self._max_tokens = self._tokens_per_frame = 0
@@ -251,14 +253,14 @@ class Run:
         return self._where.start if self._told else 0
 
     @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        """Add the time inside to attention, where it is measured."""
+    def timed(self, device: torch.device, layer: int, part: Part) -> Iterator[None]:
+        """Add the time inside to attention of that layer, where it is measured."""
         if device.type == "cpu":
             began = time.perf_counter()
             yield
-            self._seconds["attention"] += time.perf_counter() - began
+            self._seconds[layer, part] += time.perf_counter() - began
         elif self.timing:
-            with self._between_events("attention", device):
+            with self._between_events((layer, part), device):
                 yield
         else:
             yield
@@ -335,8 +337,7 @@ class Run:
             return outside
         if heads:
             history.update(heads, past(call.of_heads(heads)), site.noise, twice)
-        self._reused(1 - len(heads) / len(history.noise))
-        call.reused = not heads
+        call.engaged["reuse"] = 1 - len(heads) / len(history.noise)
         return history.recall(site.noise, reuse.extrapolate)
 
     def saw(self, site: Site, outside: Partial, inside: Partial) -> None:
@@ -353,7 +354,7 @@ class Run:
         if not call.chose:  # a past too short to choose from was read whole
             return selected
         if answer == "reuse" and history.holds(key):
-            self._reused(1)
+            call.engaged["reuse"] = 1
             return merge([selected, history.recall(site.noise, reuse.extrapolate)])
         whole = past(call.read_whole)
         history.replace(key, without(whole, selected), site.noise, reuse.extrapolate > 0)
@@ -362,24 +363,30 @@ class Run:
     def _selects(self, site: Site) -> bool:
         return any(selector.apart(site) for selector in self._selectors)
 
-    def _reused(self, share: float) -> None:
-        self.slots["reuse"].skipped += share
-        self.fired("reuse")
-
     def close(self, call: "Call", keys: int) -> None:
-        """Count a finished call, which brought `keys` keys of its own, for every slot that had a say in it."""
+        """Count a finished call, which brought `keys` keys of its own, for its layer and every slot that had a say."""
+        site, engaged = call.site, call.engaged
         if self._counted is not None:
-            self._counted.append(Counted(call.site.layer, call.site.part, call.keys_read, keys, call.reused))
-        text = call.site.text
-        total: Any = keys if text is None else keys - text.padding
+            self._counted.append(Counted(site.layer, site.part, call.keys_read, keys, engaged.get("reuse") == 1))
+        if "reuse" in engaged:
+            self.slots["reuse"].skipped += engaged["reuse"]
+            self.fired("reuse")
+        total: Any = keys if site.text is None else keys - site.text.padding
         kept = total
-        if call.site.part == "cross":
-            total = sum(count * tokens for count, tokens in self.prompt_multiplicity or ((keys, 1),))
+        if site.part == "cross":
+            total = kept = sum(count * tokens for count, tokens in self.prompt_multiplicity or ((keys, 1),))
+            if call.keys_read < total:
+                engaged["prompt" if call.keys_read else "reuse"] = 1  # what was kept of it is answered without reading
         elif self.causal:
-            memory = self.memory(call.site)
+            memory = self.memory(site)
+            if memory.count < memory.seen or any(tier.count for tier in memory.older):
+                engaged["cache"] = 1
             total, kept = total + memory.seen, kept + memory.count
+        key = site.layer, site.part
+        layer = self._layers.get(key) or self._layers.setdefault(key, LayerReport(*key, dict.fromkeys(self.slots, 0)))
+        layer.add(engaged, total, kept, call.keys_read)
         for slot, policy in self._policies.items():
-            if (slot == "prompt") != (call.site.part == "cross"):
+            if (slot == "prompt") != (site.part == "cross"):
                 continue
             counts = self.slots[slot]
             counts.calls += 1
@@ -453,7 +460,7 @@ class Run:
             slots={slot: found.rounded() for slot, found in self.slots.items()},
             kernel=self._describe_kernel(),
             seconds={
-                "attention": self._seconds["attention"] if measured else None,
+                "attention": sum((self._seconds[key] for key in self._layers), 0.0) if measured else None,
                 "denoise": self._seconds["denoise"] or total - self._seconds["decode"],
                 "decode": self._seconds["decode"],
                 "total": total,
@@ -465,6 +472,9 @@ class Run:
             | (self._describe_cache() if self._memories else self._cache_summary)
             | ({} if self.observer is None else {"recall": self.observer.recall}),
             blocks=_with_seconds(self._blocks),
+            layers=[
+                self._layers[key].rounded(self._seconds[key] if measured else None) for key in sorted(self._layers)
+            ],
             environment=environment(self._device, self._dtype),
         )
 
@@ -477,7 +487,7 @@ class Run:
         return self.cache.describe(self) if "cache" in self.slots else {}
 
     @contextmanager
-    def _between_events(self, section: str, device: torch.device) -> Iterator[None]:
+    def _between_events(self, section: _Section, device: torch.device) -> Iterator[None]:
         stream = torch.cuda.current_stream(device)
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record(stream)
@@ -533,7 +543,7 @@ class Call:
     lanes: int  # batch rows x heads
     keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
     chose: bool = False  # whether a selector left anything out
-    reused: bool = False  # whether all of the outside was
+    engaged: dict[str, float] = field(default_factory=dict)  # slots that changed the call, reuse by its share of heads
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""
@@ -547,7 +557,7 @@ class Call:
             if found is None:
                 continue
             self.run.fired(selector.slot)
-            self.chose = True
+            self.chose, self.engaged[selector.slot] = True, 1
             if isinstance(found, Boxes):
                 self._count(q, found.keys_read)
                 return over_boxes(kernel, q, entries, scale, found)
