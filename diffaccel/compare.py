@@ -181,10 +181,9 @@ def compare(
             )
     other_seed = seed + 1 if other_seed is None else other_seed
     causal = bool(getattr(pipe, "block_causal", False))
-    dense_accel = Accel(kernel=accel.kernel)
     names = [name for name in ARMS if causal or name != "shared_history"]
     if warm_up:
-        _warm_up(pipe, (dense_accel, accel), seed, arguments, causal)
+        run_briefly(pipe, (Accel(kernel=accel.kernel), accel), seed, arguments)
 
     reports: dict[str, Report] = {}
     scores: dict[str, FrameScores] = {}
@@ -196,17 +195,12 @@ def compare(
     for number, name in enumerate(names):
         if on_arm is not None:
             on_arm(name, number, len(names))
-        arm = {"noise_floor": Accel(kernel="split"), "free_running": accel, "shared_history": accel}.get(
-            name, dense_accel
-        )
-        extra = {"history": history} if name == "shared_history" else {}
-        used = other_seed if name == "other_seed" else seed
-        made = _generate(pipe, arm, used, {**arguments, **extra})
+        made = run_arm(pipe, name, accel, other_seed if name == "other_seed" else seed, arguments, history)
         idle = idle or made.idle
         reports[name] = made.report
         if name == "dense":
             history, dense = made.latents, made.frames
-            borders = _borders(pipe, made.frames, arguments) if causal else ()
+            borders = chunk_starts(pipe, made.frames, arguments)
         else:
             scores[name] = compare_clips(dense, made.frames, borders)
             if name == "free_running":
@@ -239,10 +233,30 @@ class Made:
     idle: str | None = None
 
 
-def _generate(pipe: Any, accel: Accel, seed: int, arguments: dict[str, Any]) -> Made:
+def run_arm(
+    pipe: Any,
+    name: str,
+    accel: Accel,
+    seed: int,
+    arguments: dict[str, Any],
+    history: torch.Tensor | None = None,
+    *,
+    timing: bool = True,
+) -> Made:
+    """The generation of that name in `ARMS`, from the noise of `seed`; dense ones take the kernel of `accel` alone.
+
+    `history` are the dense run's latents, for "shared_history" only. Attention is timed unless `timing` is off.
+    """
+    dense = Accel(kernel=accel.kernel)
+    arm = {"noise_floor": Accel(kernel="split"), "free_running": accel, "shared_history": accel}.get(name, dense)
+    extra = {"history": history} if name == "shared_history" else {}
+    return _generate(pipe, arm, seed, {**arguments, **extra}, timing)
+
+
+def _generate(pipe: Any, accel: Accel, seed: int, arguments: dict[str, Any], timing: bool = True) -> Made:
     made: Made | None = None
     try:
-        with accel(pipe, timing=True) as run:
+        with accel(pipe, timing=timing) as run:
             made = generate(pipe, run, seed, arguments)
     except NotEngagedError as error:
         assert made is not None  # raised on the way out, after the generation
@@ -280,9 +294,10 @@ def decode(pipe: Any, latents: torch.Tensor) -> NDArray[np.float32]:
     return np.asarray(pipe.video_processor.postprocess_video(pixels, output_type="np")[0])
 
 
-def _warm_up(pipe: Any, arms: Sequence[Accel], seed: int, arguments: dict[str, Any], causal: bool) -> None:
+def run_briefly(pipe: Any, arms: Sequence[Accel], seed: int, arguments: dict[str, Any]) -> None:
     """Two blocks and two steps of each arm (one step where there are no blocks), so that nothing is timed that happens
     only once: kernels chosen and compiled, memory reserved."""
+    causal = bool(getattr(pipe, "block_causal", False))
     short = {**arguments, "num_inference_steps": 2 if causal else 1}
     for name in ("callback_on_step_end", "callback_on_chunk_end", "sigmas", "timesteps"):
         short.pop(name, None)
@@ -293,8 +308,13 @@ def _warm_up(pipe: Any, arms: Sequence[Accel], seed: int, arguments: dict[str, A
         _generate(pipe, accel, seed, short)
 
 
-def _borders(pipe: Any, frames: NDArray[np.float32], arguments: dict[str, Any]) -> tuple[int, ...]:
-    """First pixel frames of the later chunks. A given image is a chunk of its own, after which blocks are cut anew."""
+def chunk_starts(pipe: Any, frames: NDArray[Any], arguments: dict[str, Any]) -> tuple[int, ...]:
+    """First pixel frames of the later chunks of a clip; none where the pipeline makes it at once.
+
+    A given image is a chunk of its own, after which blocks are cut anew.
+    """
+    if not getattr(pipe, "block_causal", False):
+        return ()
     size, factor = _frames_per_block(pipe, arguments), pipe.vae_scale_factor_temporal
     if arguments.get("image") is not None:
         generated = 1 + (len(frames) - 1) // factor - 1
