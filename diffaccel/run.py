@@ -417,6 +417,10 @@ class Run:
         total = self._before + self._elapsed
         return self._frames, self._frames / total if self._frames and total else None, _peak_memory(self._device)
 
+    def held(self) -> tuple[int, int] | None:
+        """Tokens a layer keeps on average, and bytes of all caches, as of the last finished block; None before it."""
+        return (self._blocks[-1]["tokens"], self._blocks[-1]["bytes"]) if self._blocks else None
+
     def frames_kept(self) -> set[int]:
         """Latent frames that some layer still holds an entry of (the newest frame of a merged one)."""
         tiers = (tier for memory in self._memories.values() for tier in memory.past() if tier.count)
