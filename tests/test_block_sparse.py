@@ -23,12 +23,13 @@ class Case:
 
     def __init__(
         self, b=1, s=40, n=77, h=2, d=64, query_block=16, key_block=16, lists="random", parts=(), dtype=torch.float32,
-        device="cpu",
+        device="cpu", shared=None,
     ):  # fmt: skip
+        g = shared or h  # heads of the keys
         self.q = torch.randn(b, s, h, d).to(device, dtype)
         # keys and values as a cache holds them: a part of larger buffers, heads inside or outside; the rest is poison
-        self.k = torch.full((b, n + 3, h, d + 32), torch.nan)[:, 2:-1, :, :d].copy_(torch.randn(b, n, h, d))
-        self.v = torch.full((b, h, n + 5, d + 32), torch.nan)[:, :, 1:-4, :d].copy_(torch.randn(b, h, n, d))
+        self.k = torch.full((b, n + 3, g, d + 32), torch.nan)[:, 2:-1, :, :d].copy_(torch.randn(b, n, g, d))
+        self.v = torch.full((b, g, n + 5, d + 32), torch.nan)[:, :, 1:-4, :d].copy_(torch.randn(b, g, n, d))
         self.k, self.v = self._placed(self.k, device, dtype), self._placed(self.v, device, dtype).transpose(1, 2)
         query_blocks, key_blocks = -(-s // query_block), -(-n // key_block)
         ids = torch.rand(b, h, query_blocks, key_blocks).argsort(-1)  # every block once, in a random order
@@ -47,10 +48,10 @@ class Case:
         if "order" in parts:
             self.options["order"] = torch.rand(b, h, s).argsort(-1).to(device)
         if "weight" in parts:
-            self.options["log_weight"] = torch.randint(1, 9, (b, h, n)).float().log().to(device)
+            self.options["log_weight"] = torch.randint(1, 9, (b, g, n)).float().log().to(device)
         if "summary" in parts:
-            means = [torch.randn(b, key_blocks, h, d).to(device, dtype) for _ in range(2)]
-            self.options["summary"] = Summary(*means, 3 * torch.rand(b, h, key_blocks).to(device))
+            means = [torch.randn(b, key_blocks, g, d).to(device, dtype) for _ in range(2)]
+            self.options["summary"] = Summary(*means, 3 * torch.rand(b, g, key_blocks).to(device))
 
     @staticmethod
     def _placed(part, device, dtype):
@@ -75,20 +76,21 @@ class Case:
         order, weight, summary = (self.options.get(name) for name in ("order", "log_weight", "summary"))
         for b in range(batch):
             for h in range(heads):
+                g = h // (heads // k.shape[2])
                 for place in range(queries):
                     query = place if order is None else int(order[b, h, place])
                     block = place // self.blocks.query_block
                     named = lists[b, h, block, : counts[b, h, block]].tolist()
                     keys = [key for i in named for key in range(i * size, min((i + 1) * size, k.shape[1]))]
-                    scores = k[b, keys, h] @ q[b, query, h] * SCALE
-                    values = v[b, keys, h]
+                    scores = k[b, keys, g] @ q[b, query, h] * SCALE
+                    values = v[b, keys, g]
                     if weight is not None:
-                        scores = scores + weight[b, h, keys].cpu()
+                        scores = scores + weight[b, g, keys].cpu()
                     if summary is not None:
                         rest = [i for i in range(key_blocks) if i not in named]
-                        means = summary.k[b, rest, h].double().cpu() @ q[b, query, h] * SCALE
-                        scores = torch.cat([scores, means + summary.log_count[b, h, rest].cpu()])
-                        values = torch.cat([values, summary.v[b, rest, h].double().cpu()])
+                        means = summary.k[b, rest, g].double().cpu() @ q[b, query, h] * SCALE
+                        scores = torch.cat([scores, means + summary.log_count[b, g, rest].cpu()])
+                        values = torch.cat([values, summary.v[b, rest, g].double().cpu()])
                     if len(scores):
                         out[b, query, h] = scores.softmax(0) @ values
                         lse[b, query, h] = scores.logsumexp(0)
@@ -116,6 +118,8 @@ CASES = {
     "large blocks": {"s": 70, "n": 300, "query_block": 64, "key_block": 128, "parts": ("order", "summary")},
     "blocks of no power of two": {"s": 53, "n": 130, "query_block": 24, "key_block": 40, "parts": ("order", "weight")},
     "fewer keys than a block": {"n": 5, "lists": "full"},
+    "shared heads": {"b": 2, "h": 6, "s": 21, "n": 60, "shared": 2, "parts": ("order", "weight", "summary")},
+    "one head of keys": {"h": 3, "n": 70, "shared": 1, "key_block": 40},
     "one block of queries": {"s": 9, "n": 64, "query_block": 128, "parts": ("order", "summary")},
 }
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -195,8 +199,9 @@ def test_log_weights_may_rule_out_every_key():
 @pytest.mark.parametrize("parts", [(), ("order",)], ids=["in place", "an order"])
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
 def test_gathered_is_the_contract(name, parts, n, at_once):
-    case = Case(b=2, n=n, lists="equal", parts=parts)
-    case.check(partial(gathered, KERNELS[name], at_once=at_once))
+    for shared in (2, 1):
+        case = Case(b=2, n=n, lists="equal", parts=parts, shared=shared)
+        case.check(partial(gathered, KERNELS[name], at_once=at_once))
 
 
 @pytest.mark.parametrize("compute", [block_sparse, written_out, partial(gathered, KERNELS["sdpa"])])
@@ -216,6 +221,33 @@ def test_no_keys_are_nothing():
     assert torch.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 40, 2, 64), (1, 0, 2, 64), (1, 40, 0, 64)], ids=str)
+def test_no_queries_are_nothing(shape):
+    b, s, h, d = shape
+    q, (k, v) = torch.randn(shape), (torch.randn(b, 77, h, d) for _ in range(2))
+    lists = torch.zeros(b, h, -(-s // 16), 3, dtype=torch.int32)
+    blocks = BlockLists(lists, torch.zeros_like(lists[..., 0]), 16, 16)
+    for compute in (block_sparse, partial(gathered, KERNELS["sdpa"])):
+        out, lse = compute(q, k, v, blocks, scale=SCALE)
+        assert (out.shape, lse.shape) == (q.shape, q.shape[:-1])
+
+
+@needs_triton
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_keys_may_lie_further_apart_than_32_bits_count(device, tma):
+    """Of a buffer of more than 2^31 numbers, nearly all of which nobody touches."""
+    case = Case(n=48, dtype=torch.float16, device=device, parts=("order",))
+    step = 2**26 + 8
+    exact = case.exact()
+    for name in ("k", "v"):
+        buffer = torch.empty(48 * step + 2**12, dtype=torch.float16, device=device)
+        far = buffer.as_strided((1, 48, 2, 64), (48 * step, step, 64, 1))
+        setattr(case, name, far.copy_(getattr(case, name)))
+    assert 47 * step > 2**31
+    case.check(partial(attend, config=Config(16, 16, 4, 2, tma=tma)), exact)
+
+
 def test_misuse_is_named():
     case = Case()
     lists, counts = case.blocks.lists, case.blocks.counts
@@ -225,16 +257,73 @@ def test_misuse_is_named():
         BlockLists(lists.long(), counts, 16, 16)
     with pytest.raises(KnobError, match="one token at least"):
         BlockLists(lists, counts, 16, 0)
-    with pytest.raises(KernelError, match="40 queries in blocks of 32"):
-        block_sparse(case.q, case.k, case.v, BlockLists(lists, counts, 32, 16), scale=SCALE)
-    with pytest.raises(KernelError, match="must be positive"):
-        block_sparse(case.q, case.k, case.v, case.blocks, scale=-1.0)
-    with pytest.raises(KernelError, match="keys have 1 heads"):
-        block_sparse(case.q, case.k[:, :, :1], case.v[:, :, :1], case.blocks, scale=SCALE)
-    with pytest.raises(KernelError, match="order of the queries"):
-        block_sparse(case.q, case.k, case.v, case.blocks, scale=SCALE, order=torch.arange(40))
-    with pytest.raises(KernelError, match="contiguous"):
-        block_sparse(case.q.mT.contiguous().mT, case.k, case.v, case.blocks, scale=SCALE)
+
+    def refused(match, q=case.q, k=case.k, v=case.v, blocks=case.blocks, scale=SCALE, **options):
+        for compute in (block_sparse, partial(gathered, KERNELS["sdpa"])):
+            if compute is block_sparse or not {"log_weight", "summary"} & set(options):
+                with pytest.raises(KernelError, match=match):
+                    compute(q, k, v, blocks, scale=scale, **options)
+
+    refused("40 queries in blocks of 32", blocks=BlockLists(lists, counts, 32, 16))
+    refused("must be positive", scale=-1.0)
+    refused("multiple of those of keys, got 2 and 3", k=torch.randn(1, 77, 3, 64), v=torch.randn(1, 77, 3, 64))
+    refused(r"order of the queries must be \(1, 2, 40\).*got \(40,\)", order=torch.arange(40))
+    refused("contiguous", q=case.q.mT.contiguous().mT)
+    refused("float64 on cpu", q=case.q.double())
+    refused("on meta", k=case.k.to("meta"))
+    refused(r"as wide as queries, got .*77, 2, 32", k=case.k[..., :32])
+    refused(r"of the same batch", v=case.v[:, :-1])
+    refused(r"log-weights must be \(1, 2, 77\)", log_weight=torch.zeros(77))
+    summary = Summary(*(torch.randn(1, 5, 2, 64) for _ in range(2)), torch.zeros(1, 2, 4))
+    refused(r"counts of the means must be \(1, 2, 5\).*got \(1, 2, 4\)", summary=summary)
+    refused("lists must be .* on cpu, got .* on meta", blocks=BlockLists(lists.to("meta"), counts.to("meta"), 16, 16))
+
+
+BROKEN = {
+    "an id of no block": ([0, 5, 1], 2, False, "from 0 to 4.*count 2 and ids .0, 5"),
+    "an id below zero": ([0, 2, -1], 3, False, "from 0 to 4.*ids .0, 2, -1"),
+    "a count past the list": ([0, 1, 2], 4, False, "between 0 and the 3 entries.*count 4"),
+    "a count below zero": ([0, 1, 2], -1, False, "between 0 and the 3 entries.*count -1"),
+    "a block twice": ([3, 1, 3], 3, False, "names a block once; .*ids .3, 1, 3"),
+    "no ascending order": ([1, 3, 2], 3, True, "once, in ascending order"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_lists_are_named(kind):
+    ids, count, ascending, match = BROKEN[kind]
+    case = Case(s=30)
+    lists = torch.arange(3).int().repeat(1, 2, 2, 1)
+    counts = torch.full((1, 2, 2), 3, dtype=torch.int32)
+    BlockLists(lists.clone(), counts, 16, 16, ascending=ascending).check(77)
+    lists[0, 1, 0], counts[0, 1, 0] = torch.tensor(ids).int(), count
+    blocks = BlockLists(lists, counts, 16, 16, ascending=ascending)
+    with pytest.raises(KernelError, match=match):
+        blocks.check(77)
+    with pytest.raises(KernelError, match="the list of row 0, head 1, query block 0"):
+        block_sparse(case.q, case.k, case.v, blocks, scale=SCALE)
+
+
+@needs_triton
+@pytest.mark.parametrize("keys", [16, 64], ids=["tiles of a block", "tiles of several"])
+@pytest.mark.parametrize("parts", [(), ("weight",), ("order", "summary")], ids=str)
+@pytest.mark.parametrize("n", [64, 83, 5], ids=["whole", "ragged", "less than a block"])
+def test_broken_lists_read_nothing_outside(n, parts, keys):
+    """Whatever lists, counts and orders say: memory beside the tensors is NaN, and other rows are right."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(n=n, lists="full", parts=parts, device=device)
+    exact, exact_lse = case.exact()
+    lists, counts = case.blocks.lists, case.blocks.counts
+    lists[0, 1, 1, :] = torch.tensor([7, -1, 10**8, -(10**8), 2**31 - 1, 6], dtype=torch.int32)[: lists.shape[-1]]
+    counts[0, 0, 2], counts[0, 1, 2] = 10**9, -5
+    if "order" in parts:
+        case.options["order"][0, 1, 33], case.options["order"][0, 1, 34] = 10**9, -(10**9)
+    blocks = BlockLists(lists, counts, 16, 16)
+    out, lse = attend(case.q, case.k, case.v, blocks, SCALE, **case.options, config=Config(16, keys, 4, 2, tma=False))
+    assert_within(out[:, :, 0].cpu(), exact[:, :, 0], torch.float32, inputs=case.largest)
+    assert_within(lse[:, :, 0].cpu(), exact_lse[:, :, 0], torch.float32)
+    if "order" not in parts:  # where two places name no query, two queries have no result
+        assert torch.isfinite(out).all()
 
 
 @needs_triton
@@ -255,6 +344,7 @@ LARGE = {
     "64 channels, small blocks": {"s": 700, "n": 1999, "d": 64, "query_block": 64, "key_block": 32},
     "96 channels": {"s": 700, "n": 1999, "d": 96, "parts": ("order", "summary")},
     "256 channels": {"s": 300, "n": 1111, "d": 256, "key_block": 64},
+    "shared heads": {"h": 12, "shared": 3, "s": 300, "n": 1111, "parts": ("order", "weight", "summary")},
     "few queries a block": {"s": 300, "n": 1111, "query_block": 16, "key_block": 64, "parts": ("order",)},
     "blocks of no power of two": {"s": 1170, "n": 2040, "query_block": 390, "key_block": 120, "parts": ("weight",)},
 }
@@ -289,8 +379,9 @@ def test_every_configuration_is_the_contract(case, config):
         {"s": 300, "n": 1111},
         {"s": 256, "n": 1024, "parts": ("order",), "key_block": 64},
         {"b": 2, "h": 3, "s": 389, "n": 2305, "parts": ("order", "summary"), "query_block": 256},
+        {"b": 2, "h": 8, "shared": 2, "s": 389, "n": 2305, "parts": ("order", "summary")},
     ],
-    ids=["ragged", "whole", "everything"],
+    ids=["ragged", "whole", "everything", "shared heads"],
 )
 def test_fa4_is_the_contract_on_a_gpu(sizes, d, dtype):
     reason = KERNELS["fa4"].unusable(torch.device("cuda"), dtype, d)

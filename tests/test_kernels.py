@@ -90,12 +90,61 @@ def test_tensors_may_be_laid_out_in_any_order(name, device, layout):
     assert_within(found.lse, lse, torch.float32)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("name", "device"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (3, 1)], ids=str)
+def test_neighbouring_heads_may_share_keys(name, device, dtype, kind, heads, shared):
+    shape = (2, 37, 61, heads, 64)
+    if device == "cuda":
+        skip_if_unusable(name, device, dtype, shape[-1])
+    q, k, v = tensors(shape, dtype, device)
+    k, v = k[:, :, :shared], v[:, :, :shared]
+    extra = options(kind, shape, device)
+    found = KERNELS[name].partial(q, k, v, scale=0.3, **extra)
+    mask = extra["plan"].mask().to(device) if "plan" in extra else None
+    each = [x[:, :, [head // (heads // shared) for head in range(heads)]] for x in (k, v)]
+    out, lse = attention64(q, *each, scale=0.3, log_weight=extra.get("log_weight"), mask=mask)
+    assert found.out.shape == q.shape
+    assert_within(found.out, out, dtype, inputs=float(v.abs().max()))
+    assert_within(found.lse, lse, torch.float32)
+
+
 @pytest.mark.parametrize("name", HERE)
-def test_no_keys_is_nothing(name):
-    q, k, v = tensors((2, 5, 0, 2, 16), torch.float32)
+@pytest.mark.parametrize("shape", [(2, 5, 0, 2, 16), (0, 5, 3, 2, 16), (2, 0, 3, 2, 16), (2, 5, 3, 0, 16)], ids=str)
+def test_of_nothing_comes_nothing(name, shape):
+    q, k, v = tensors(shape, torch.float32)
     found = KERNELS[name].partial(q, k, v, scale=1.0)
     assert torch.equal(found.out, torch.zeros_like(q))
-    assert torch.equal(found.lse, torch.full((2, 5, 2), -torch.inf))
+    assert torch.equal(found.lse, torch.full(q.shape[:3], -torch.inf))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_inputs_that_do_not_fit_are_named(name):
+    q, k, v = tensors((2, 5, 7, 4, 16), torch.float32)
+    for bad, match in (
+        ((q, k[:, :, :3], v[:, :, :3]), "multiple of those of keys, got 4 and 3"),
+        ((q, k[:, :, :0], v[:, :, :0]), "multiple of those of keys, got 4 and 0"),
+        ((q, k[:, :, :2], v), r"of the same batch.*got \(2, 5, 4, 16\), \(2, 7, 2, 16\), \(2, 7, 4, 16\)"),
+        ((q, k[:1], v[:1]), r"of the same batch.*got \(2, 5, 4, 16\), \(1, 7"),
+        ((q, k, v[:, :6]), r"\(2, 6, 4, 16\)"),
+        ((q, k[..., :8], v), "as wide as queries"),
+        ((q[0], k[0], v[0]), r"got \(5, 4, 16\)"),
+        ((q, k.half(), v), "one dtype on one device, got torch.float32 on cpu, torch.float16 on cpu"),
+        ((q, k, v.to("meta")), "torch.float32 on meta: move or convert"),
+    ):
+        with pytest.raises(KernelError, match=match):
+            KERNELS[name].partial(*bad, scale=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["reference", "sdpa", "split", "fa3", "fa4"])
+def test_another_device_is_named(name):
+    skip_if_unusable(name, "cuda", torch.bfloat16, 64)
+    q, k, v = tensors((2, 5, 7, 4, 64), torch.bfloat16, "cuda")
+    with pytest.raises(KernelError, match=r"on cuda:0, torch\.bfloat16 on cpu, torch\.bfloat16 on cuda:0: move"):
+        KERNELS[name].partial(q, k.cpu(), v, scale=0.3)
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 7])
@@ -293,5 +342,7 @@ def test_auto_chooses_and_explicit_never_falls_back():
     assert resolve("reference", cpu, torch.float32, 64).name == "reference"
     with pytest.raises(KernelError, match="Hopper"):
         resolve("fa3", cpu, torch.bfloat16, 64)
+    with pytest.raises(KernelError, match=r"float64 on cpu, not torch\.float8_e4m3fn"):
+        resolve("sdpa", cpu, torch.float8_e4m3fn, 64)
     with pytest.raises(KnobError, match=r"did you mean 'sdpa'"):
         resolve("sdqa", cpu, torch.float32, 64)

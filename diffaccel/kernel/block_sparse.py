@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ..errors import KernelError, KnobError
 from . import fa4
+from .inputs import check
 from .merge import HAS_TRITON, Partial, nothing
 
 _WORTH_FA4 = 1.5e11  # operations of a call, 0.3 ms at what it reaches
@@ -48,6 +49,40 @@ class BlockLists:
         if self.query_block < 1 or self.key_block < 1:
             raise KnobError(f"blocks hold one token at least, got {self.query_block} and {self.key_block}")
 
+    def check(self, keys: int) -> None:
+        """Raise `KernelError` where counts, ids or their order are not what they have to be for so many keys.
+
+        The host waits for the device. Once for lists that stay as they are: `block_sparse` does it on a CPU; on a GPU
+        it does not, and the Triton kernel reads nothing outside of its tensors whatever the lists say.
+        """
+        if keys in self._checked:
+            return
+        most, blocks = self.lists.shape[-1], -(-keys // self.key_block)
+        slot = torch.arange(most, device=self.lists.device)
+        past = slot >= self.counts[..., None]
+        outside = ((self.lists < 0) | (self.lists >= blocks)) & ~past
+        ids = torch.where(past, blocks + slot.int(), self.lists)  # each once, and rising
+        again = (ids.diff(dim=-1) if self.ascending else ids.sort(-1).values.diff(dim=-1)) <= 0
+        broken = {
+            f"counts lie between 0 and the {most} entries of a list": (self.counts < 0) | (self.counts > most),
+            f"{keys} keys in blocks of {self.key_block} have ids from 0 to {blocks - 1}": outside.any(-1),
+            f"a list names a block once{', in ascending order' * self.ascending}": again.any(-1),
+        }
+        for rule, places in broken.items():
+            if places.any():
+                b, h, block = places.nonzero()[0].tolist()
+                count = int(self.counts[b, h, block])
+                some = self.lists[b, h, block, : max(0, count)].tolist()
+                raise KernelError(
+                    f"{rule}; the list of row {b}, head {h}, query block {block} has the count {count} and ids "
+                    f"{str(some[:8])[:-1]}{', ...' * (len(some) > 8)}]"
+                )
+        self._checked.add(keys)
+
+    @cached_property
+    def _checked(self) -> set[int]:
+        return set()
+
     @cached_property
     def none(self) -> Tensor:
         """Counts of empty lists."""
@@ -65,7 +100,8 @@ class BlockLists:
 
     def _mark(self, key_blocks: int) -> Tensor:
         past = torch.arange(self.lists.shape[-1], device=self.lists.device) >= self.counts[..., None]
-        ids = self.lists.masked_fill(past, key_blocks).long()  # those past the end mark one block too many
+        # those past the end mark one block too many, and so do ids of no block, which would stop the device
+        ids = self.lists.masked_fill(past, key_blocks).clamp(-1, key_blocks).remainder(key_blocks + 1).long()
         found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=ids.device)
         return found.scatter_(-1, ids, True)[..., :-1]
 
@@ -73,9 +109,9 @@ class BlockLists:
 class Summary(NamedTuple):
     """One key for each block of keys, read in place of those blocks that a list does not name."""
 
-    k: Tensor  # (B, NB, H, D) mean keys, in the keys' dtype
-    v: Tensor  # (B, NB, H, D) mean values
-    log_count: Tensor  # (B, H, NB) fp32, added to the score of the mean key
+    k: Tensor  # (B, NB, G, D) mean keys, in the keys' dtype
+    v: Tensor  # (B, NB, G, D) mean values
+    log_count: Tensor  # (B, G, NB) fp32, added to the score of the mean key
 
 
 def block_sparse(
@@ -89,14 +125,18 @@ def block_sparse(
     log_weight: Tensor | None = None,
     summary: Summary | None = None,
 ) -> Partial:
-    """Softmax attention of (B, S, H, D) queries to the listed ones of (B, N, H, D) keys, and its log-sum-exp.
+    """Softmax attention of (B, S, H, D) queries to the listed ones of (B, N, G, D) keys, and its log-sum-exp.
 
-    Channels are contiguous, the other strides are free. `order` (B, H, S) permutes the queries of each head before
-    they are cut into blocks: place i holds query order[b, h, i], and its result returns to that query's place.
-    `log_weight` fp32 (B, H, N) is added to every score of its key. With a `summary`, blocks outside a list count as
-    one key each. Queries that read nothing: out = 0, lse = -inf.
+    H is a multiple of G: head h reads keys of head h // (H // G). Lists and orders are of the queries' heads, what
+    belongs to keys is of theirs. Channels are contiguous, the other strides are free. `order` (B, H, S) permutes the
+    queries of each head before they are cut into blocks: place i holds query order[b, h, i], and its result returns to
+    that query's place. `log_weight` fp32 (B, G, N) is added to every score of its key. With a `summary`, blocks outside
+    a list count as one key each. Queries that read nothing: out = 0, lse = -inf.
+
+    Raises `KernelError` for shapes, dtypes or devices that do not fit, and on a CPU for ids that are no blocks of the
+    keys; elsewhere `BlockLists.check` looks, when it is asked to.
     """
-    _check(q, k, v, blocks, scale, order)
+    _check(q, k, v, blocks, scale, order, log_weight, summary)
     if 0 in (q.numel(), k.numel()):
         return nothing(q)
     path = fastest(q, k, blocks, log_weight)
@@ -161,13 +201,15 @@ def written_out(
     if place is not None:
         query = query.gather(2, place)
     listed = blocks.listed(-(-keys // blocks.key_block)).repeat_interleave(blocks.query_block, 2)[:, :, :queries]
+    each = q.shape[2] // k.shape[2]  # heads that read the same keys
+    key, value = (x.repeat_interleave(each, 1) for x in (key, value))
     scores = query @ key.mT * scale
     if log_weight is not None:
-        scores += log_weight[:, :, None]
+        scores += log_weight.repeat_interleave(each, 1)[:, :, None]
     scores.masked_fill_(~listed.repeat_interleave(blocks.key_block, 3)[..., :keys], -torch.inf)
     if summary is not None:
-        k_mean, v_mean = (x.transpose(1, 2).to(wide) for x in summary[:2])
-        means = query @ k_mean.mT * scale + summary.log_count[:, :, None]
+        k_mean, v_mean = (x.transpose(1, 2).to(wide).repeat_interleave(each, 1) for x in summary[:2])
+        means = query @ k_mean.mT * scale + summary.log_count.repeat_interleave(each, 1)[:, :, None]
         scores = torch.cat([scores, means.masked_fill(listed, -torch.inf)], 3)
         value = torch.cat([value, v_mean], 2)
     lse = torch.logsumexp(scores, -1)
@@ -203,8 +245,9 @@ def gathered(
         return nothing(q)
     key_blocks = -(-k.shape[1] // key_block)
     filled = key_blocks * key_block - k.shape[1]
+    each = heads // k.shape[2]
     k, v = (_head_major(x, filled).view(-1, key_block * dim) for x in (k, v))
-    head = torch.arange(batch * heads, device=q.device)[:, None, None]
+    head = torch.arange(batch * heads, device=q.device)[:, None, None] // each
     lists = (blocks.lists.flatten(0, 1) + head * key_blocks).flatten(0, 1)
     zeros = filled * (blocks.lists == key_blocks - 1).any(-1).flatten() if filled else None
     places = _places(blocks, batch, queries, heads, order, q.device)
@@ -247,7 +290,17 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockLists, scale: float, order: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockLists,
+    scale: float,
+    order: Tensor | None,
+    log_weight: Tensor | None = None,
+    summary: Summary | None = None,
+) -> None:
+    check(q, k, v)
     batch, queries, heads, _ = q.shape
     wanted = (batch, heads, -(-queries // blocks.query_block))
     if tuple(blocks.counts.shape) != wanted:
@@ -256,10 +309,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockLists, scale: float, or
             f"{wanted}, got {tuple(blocks.counts.shape)}"
         )
     if any(x.stride(-1) != 1 for x in (q, k, v)):
-        raise KernelError("the channels of queries, keys and values must be contiguous")
-    if k.shape[2] != heads:
-        raise KernelError(f"keys have {k.shape[2]} heads, queries {heads}: expand them first")
+        raise KernelError("the channels of queries, keys and values must be contiguous: call .contiguous() on them")
     if scale <= 0:
         raise KernelError(f"the scale must be positive, got {scale}")
-    if order is not None and tuple(order.shape) != (batch, heads, queries):
-        raise KernelError(f"the order of the queries must be {(batch, heads, queries)}, got {tuple(order.shape)}")
+    keys, shared = k.shape[1:3]
+    sizes = {"lists": (blocks.lists, tuple(blocks.lists.shape))}
+    if order is not None:
+        sizes["order of the queries"] = (order, (batch, heads, queries))
+    if log_weight is not None:
+        sizes["log-weights"] = (log_weight, (batch, shared, keys))
+    if summary is not None:
+        key_blocks = -(-keys // blocks.key_block)
+        sizes["mean keys"] = (summary.k, (batch, key_blocks, *k.shape[2:]))
+        sizes["mean values"] = (summary.v, (batch, key_blocks, *v.shape[2:]))
+        sizes["counts of the means"] = (summary.log_count, (batch, shared, key_blocks))
+    for name, (given, size) in sizes.items():
+        if tuple(given.shape) != size or given.device != q.device:
+            raise KernelError(
+                f"the {name} must be {size} on {q.device}, got {tuple(given.shape)} on {given.device}: what belongs to "
+                "keys is of their heads, lists and orders of those of the queries"
+            )
+    if q.device.type == "cpu":
+        blocks.check(keys)

@@ -36,7 +36,7 @@ def partial(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
 ) -> Partial:
     """As `reference.partial`. FA3 takes no bias: keys go by weight."""
-    return planned(_dense, q, k, v, scale, log_weight, plan)
+    return planned(_dense, q, k, v, scale, log_weight, plan, shares_heads=True)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, log_weight: Tensor | None) -> Partial:

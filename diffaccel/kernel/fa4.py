@@ -42,7 +42,7 @@ def partial(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
 ) -> Partial:
     """As `reference.partial`. Keys go by weight, as FA4's bias would slow all of them."""
-    return planned(_dense, q, k, v, scale, log_weight, plan)
+    return planned(_dense, q, k, v, scale, log_weight, plan, shares_heads=True)
 
 
 def cannot_list(blocks: "BlockLists", keys: int) -> str | None:

@@ -137,11 +137,13 @@ def _read(
     lane = tl.arange(0, KEYS)
     if KEY_BLOCK % KEYS == 0:
         keys = start + lane
-        ok = keys < N
+        ok = (keys >= 0) & (keys < N)
     else:
         slot = tile * KEYS + lane
         keys = _entry(list_ptr, slot // KEY_BLOCK, count, ragged) * KEY_BLOCK + slot % KEY_BLOCK
-        ok = (slot < count * KEY_BLOCK) & (keys < N)
+        ok = (slot < count * KEY_BLOCK) & (keys >= 0) & (keys < N)
+    if not MASKED:  # ids of no block lead nowhere else; the copy engine sees to that itself
+        keys = tl.minimum(tl.maximum(keys, 0), N - 1)
     key = _tile(k, b, h, start, keys, ok, kb, kn, kh, KEYS, D, WIDTH, TMA, MASKED)
     scores = tl.dot(q, key.T, input_precision="ieee")
     value = _tile(v, b, h, start, keys, ok, vb, vn, vh, KEYS, D, WIDTH, TMA, MASKED)
@@ -154,11 +156,11 @@ def _read(
 
 
 # sizes change from call to call, with the length of the past and the density: none is worth a kernel of its own
-@triton.jit(do_not_specialize=["S", "H", "N", "QB", "M", "NB", "listed_row"])
+@triton.jit(do_not_specialize=["S", "H", "EACH", "N", "QB", "M", "NB", "listed_row"])
 def _block_sparse(
     q_ptr, k, v, list_ptr, count_ptr, order_ptr, weight_ptr,
     mean_k_ptr, mean_v_ptr, log_count_ptr, listed_ptr, part_ptr, part_lse_ptr, out_ptr, lse_ptr,
-    qb, qs, qh, kb, kn, kh, vb, vn, vh, S, H, N, QB, M, NB, listed_row, scale,
+    qb, qs, qh, kb, kn, kh, vb, vn, vh, S, H, EACH, N, QB, M, NB, listed_row, scale,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -167,20 +169,23 @@ def _block_sparse(
     block = tl.program_id(0) // tiles_of_block
     head = block // QB
     b, h = head // H, head % H
+    g = h // EACH  # the head of the keys
+    key_head = head // EACH
     lane = tl.program_id(0) % tiles_of_block * QUERIES + tl.arange(0, QUERIES)
     place = block % QB * QUERY_BLOCK + lane
     place_ok = (lane < QUERY_BLOCK) & (place < S)
     row = place.to(tl.int64)
     if order_ptr is not None:
         row = tl.load(order_ptr + head.to(tl.int64) * S + place, mask=place_ok, other=0).to(tl.int64)
+        place_ok = place_ok & (row >= 0) & (row < S)
     d = tl.arange(0, WIDTH)
     row_ok = place_ok[:, None] & (d < D)[None, :]
     q_at = q_ptr + b.to(tl.int64) * qb + h.to(tl.int64) * qh + row[:, None] * qs + d[None, :]
     q = tl.load(q_at, mask=row_ok, other=0.0)
     list_ptr += block.to(tl.int64) * M
-    count = tl.load(count_ptr + block)
+    count = tl.minimum(tl.maximum(tl.load(count_ptr + block), 0), M)
     if weight_ptr is not None:
-        weight_ptr += head.to(tl.int64) * N
+        weight_ptr += key_head.to(tl.int64) * N
 
     # The loop over tiles that are whole has no mask: a block cut short by the last key is read after it, wherever in
     # the list it stands.
@@ -210,19 +215,19 @@ def _block_sparse(
         # carried over: a load of it in here would be pipelined too, at the cost of stages for keys and values
         now, start = start, _start(list_ptr, tile + 1, count, ragged, KEYS, KEY_BLOCK)
         acc, peak, total = _read(
-            acc, peak, total, q, k, v, list_ptr, weight_ptr, b, h, tile, now, count, ragged, N,
+            acc, peak, total, q, k, v, list_ptr, weight_ptr, b, g, tile, now, count, ragged, N,
             kb, kn, kh, vb, vn, vh, factor, KEYS, KEY_BLOCK, D, WIDTH, TMA, False,
         )  # fmt: skip
     if RAGGED or KEY_BLOCK % KEYS != 0:
         for tile in tl.range(whole, tl.cdiv(count * KEY_BLOCK, KEYS), num_stages=1):
             start = _start(list_ptr, tile, count, ragged, KEYS, KEY_BLOCK)
             acc, peak, total = _read(
-                acc, peak, total, q, k, v, list_ptr, weight_ptr, b, h, tile, start, count, ragged, N,
+                acc, peak, total, q, k, v, list_ptr, weight_ptr, b, g, tile, start, count, ragged, N,
                 kb, kn, kh, vb, vn, vh, factor, KEYS, KEY_BLOCK, D, WIDTH, TMA, True,
             )  # fmt: skip
 
     if mean_k_ptr is not None:
-        of_head = head.to(tl.int64) * NB
+        of_head = key_head.to(tl.int64) * NB
         listed_ptr += block.to(tl.int64) * listed_row
         for block_of_means in tl.range(0, NB, KEYS):
             means = block_of_means + tl.arange(0, KEYS)
@@ -292,7 +297,7 @@ def attend(
         out,
         lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        queries, heads, keys, query_blocks, most, key_blocks, listed_row, scale,
+        queries, heads, heads // k.shape[2], keys, query_blocks, most, key_blocks, listed_row, scale,
         QUERY_BLOCK=blocks.query_block, KEY_BLOCK=key_block, D=dim, WIDTH=width,
         QUERIES=config.queries, KEYS=config.keys, TMA=tma, RAGGED=part is None and keys % key_block != 0,
         num_warps=config.warps, num_stages=config.stages,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from .inputs import check
 from .merge import Partial
 
 name = "reference"
@@ -24,8 +25,13 @@ def partial(
 ) -> Partial:
     """softmax(scale * q k^T + log_weight) v over the keys the plan keeps, and its log-sum-exp.
 
-    q is (B, S, H, D), k and v are (B, N, H, D); `log_weight` is (N,), added to every score of its key.
+    q is (B, S, H, D), k and v are (B, N, G, D), H a multiple of G: head h reads keys of head h // (H // G).
+    `log_weight` is (N,), added to every score of its key. Raises `KernelError` for shapes, dtypes or devices that do
+    not fit.
     """
+    check(q, k, v)
+    if q.shape[2] != k.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bshd,bnhd->bshn", q.to(wide), k.to(wide)) * scale
     if log_weight is not None:

@@ -14,14 +14,16 @@ from .merge import Partial
 name = "sdpa"
 
 _aten = torch.ops.aten
+_DTYPES = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
+_DTYPES["cpu"] = (*_DTYPES["cuda"], torch.float64)
 
 
 def unusable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this kernel cannot run there, or None."""
     if device.type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, not on {device.type}"
-    if device.type == "cuda" and dtype == torch.float64:
-        return "it takes float16, bfloat16 and float32 on cuda, not float64"
+    if dtype not in _DTYPES[device.type]:
+        return f"it takes {', '.join(map(str, _DTYPES[device.type]))} on {device.type}, not {dtype}"
     if device.type == "cuda" and head_dim % 8:
         return f"it takes head dimensions divisible by 8 on cuda, not {head_dim}"
     if device.type == "cuda" and head_dim > 128 and dtype != torch.float32:
@@ -44,7 +46,7 @@ def value_width(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
 def partial(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_weight: Tensor | None = None, plan: Plan | None = None
 ) -> Partial:
-    """As `reference.partial`; shapes (B, S, H, D) and (B, N, H, D)."""
+    """As `reference.partial`."""
     return planned(_dense, q, k, v, scale, log_weight, plan)
 
 

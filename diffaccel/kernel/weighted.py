@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from ..plan import Plan
 from ..sent import sent
 from . import reference
-from .merge import Partial, merge
+from .merge import HAS_TRITON, Partial, merge
 
 if TYPE_CHECKING:
     from ..cache.entries import Entries
@@ -36,12 +36,29 @@ PARTS = 3  # of a bfloat16's 8 bits each: what fp32 holds
 CHANNELS = 8  # the parts, filled up with zeros to the multiple that kernels want
 
 
-def over_entries(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, plan: Plan | None) -> Partial:
-    """`kernel` over `entries`, (B, S, H, D) queries."""
+def over_entries(
+    kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, plan: Plan | None, asked: bool = True
+) -> Partial:
+    """`kernel` over `entries`, (B, S, H, D) queries; unless it was `asked` for, whatever reads them fastest."""
+    if plan is None and not asked and in_one(q, entries):
+        from . import fused_counted
+
+        assert entries.room is not None
+        return Partial(*fused_counted.attend(q, entries.room, scale))
     # a bias costs the CPU's flash attention nothing to speak of; what the rest is held to takes no detour
     if entries.multiplicity is None or plan is not None or not q.is_cuda or kernel is reference:
         return kernel.partial(q, entries.k, entries.v, scale=scale, log_weight=entries.log_weight(), plan=plan)
     return grouped(kernel, q, entries, scale)
+
+
+def in_one(q: Tensor, entries: "Entries") -> bool:
+    """Whether entries of several multiplicities are read in one launch, as they lie (`fused_counted`)."""
+    several = entries.multiplicity is not None and len(entries.multiplicity) > 1
+    return several and entries.room is not None and can_in_one(q.device, q.dtype, q.shape[-1])
+
+
+def can_in_one(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    return HAS_TRITON and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and dim <= 256
 
 
 def grouped(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float) -> Partial:
