@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .cache.merged import MergedTier
 from .policy import PromptPolicy, ReusePolicy
 
 if TYPE_CHECKING:
+    from .cache import Memory, Tier
     from .grid import Grid
     from .run import Run
-    from .site import Part
+    from .site import Part, Site
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,21 @@ class Counted:
     keys_read: Any
     keys: int
     reused: bool
+    stored: bool
 
 
 def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
     """What is equal for forwards that repeat each other, on `grid` with that prompt; None for one that stands alone.
 
     Asked inside of `run.at`. None where Python decides anew each time: selections and windows, policies that look at
-    single calls, profiles, extrapolation, a clean pass, steps that store; where the past is read through merged
-    entries, which change from block to block; and while time is measured call by call.
+    single calls, profiles, extrapolation; where what is read of the past lies elsewhere each time; and while time is
+    measured call by call.
     """
     accel, reuse, extent, where = run.accel, run.accel.reuse, run.extent, run._where
     prompt = accel.prompt
     if accel.selection is not None or accel.window is not None or run.timing or run.observer is not None:
         return None
-    if not run.causal or extent is None or where.phase == "clean":
+    if not run.causal or extent is None:
         return None
     if prompt is not None and type(prompt).near is not PromptPolicy.near:
         return None
@@ -55,27 +58,40 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
         site = replace(where, layer=layer, part="self", grid=grid)
         memory, history = run.memory(site), run._histories[site.branch, layer]
         place, answer = memory.exact.place_of(grid.tokens), run.reuse_answer(site, memory)
-        if place is None:
+        if place is None or (memory.keep_queries and where.phase == "clean"):
             return None
-        if answer == "reuse" and history.holds((site.block, memory.version, "all")):
-            assert history.last is not None
-            found.append((place, *(x.data_ptr() for x in history.last)))
-        elif answer == "together" and not any(tier.count for tier in memory.older):
-            found.append(place)
+        held = history.last and tuple(x.data_ptr() for x in history.last)
+        past = tuple(_address(run, tier) for tier in memory.older if tier.count)
+        if answer == "reuse" and history.holds(_part(site, memory)):
+            found.append((place, held))
+        elif answer == "store" and held and None not in past:
+            found.append((place, past, held))
+        elif answer == "together" and None not in past:
+            found.append((place, past))
         else:
             return None
     read = run.prepare_prompt(text)
     return where.branch, grid, read.data_ptr(), read.shape, run.prompt_multiplicity, tuple(found)
 
 
+def _part(site: "Site", memory: "Memory") -> tuple[int, int, str]:
+    return site.block, memory.version, "all"
+
+
+def _address(run: "Run", tier: "Tier") -> Hashable | None:
+    return tier.address() if isinstance(tier, MergedTier) and run.accel.kernel == "auto" else None
+
+
 @contextmanager
-def uncounted(run: "Run") -> Iterator[None]:
-    """Counters are afterwards what they were."""
+def recording(run: "Run") -> Iterator[None]:
+    """The forward inside is what a graph stands for: it counts nothing and finishes no block."""
     before = {slot: replace(counts) for slot, counts in run.slots.items()}
     layers = {key: replace(counts, engaged={**counts.engaged}) for key, counts in run._layers.items()}
+    run.recording = True
     try:
         yield
     finally:
+        run.recording = False
         for slot, counts in before.items():
             vars(run.slots[slot]).update(vars(counts))
         run._layers = layers
@@ -97,8 +113,12 @@ def repeat(run: "Run", grid: "Grid", counted: list[Counted]) -> None:
     from .run import Call
 
     for call in counted:
-        site = run.site(call.layer, call.part)
+        site, read = run.site(call.layer, call.part), call.keys_read
         if call.part == "self":
-            run.memory(site).exact.reserve(grid.tokens, grid.frame_of_token(site.start))
+            memory = run.memory(site)
+            memory.exact.reserve(grid.tokens, grid.frame_of_token(site.start))
+            read = call.keys if call.reused else call.keys + memory.count
+            if call.stored:
+                run._histories[site.branch, call.layer].stored_again(_part(site, memory), site.noise)
         engaged = {"reuse": 1.0} if call.reused else {}
-        run.close(Call(run, site, 1, call.keys_read, engaged=engaged), keys=call.keys)
+        run.close(Call(run, site, 1, read, engaged=engaged), keys=call.keys)

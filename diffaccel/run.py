@@ -22,7 +22,7 @@ from .grid import Grid
 from .joint import Text
 from .kernel import Partial, merge
 from .kernel.boxes import Boxes, over_boxes
-from .kernel.weighted import over_entries
+from .kernel.weighted import in_one, over_entries
 from .observe import Observer
 from .plan import Plan
 from .policy import Answer, CachePolicy
@@ -76,7 +76,7 @@ class Run:
         self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
-        self._paths: set[str] = set()  # what read listed blocks of keys
+        self._paths: defaultdict[str, set[str]] = defaultdict(set)  # what read other things than all keys of a tensor
         self._seconds: defaultdict[_Section, float] = defaultdict(float)
         self._layers: dict[tuple[int, Part], LayerReport] = {}
         self._chosen_bytes: defaultdict[str, int] = defaultdict(int)  # of the last forward of each branch
@@ -93,6 +93,7 @@ class Run:
         self.tables: tuple[Tensor, Tensor] | None = None  # rotary tables that stand for the module's own
         self.still = False  # whether what is stored stays where it is, for graphs that were captured
         self.replayed = 0  # forwards that a captured graph stood for
+        self.recording = False  # whether the forward that runs is one that a graph will stand for
         self._counted: list[Counted] | None = None
 
     # -- told by a pipeline that generates block by block ---------------------------------------------------------
@@ -208,6 +209,8 @@ class Run:
 
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
+        if self.recording:
+            return
         self._tick()
         self._note_bytes("selection", sum(self._chosen_bytes.values()))
         if self.accel.reuse is not None:
@@ -334,6 +337,7 @@ class Run:
         if heads is None or not history.holds(key):
             outside = past(call.read)
             history.replace(key, outside, site.noise, twice, self.still)
+            call.stored = True
             return outside
         if heads:
             history.update(heads, past(call.of_heads(heads)), site.noise, twice)
@@ -367,7 +371,9 @@ class Run:
         """Count a finished call, which brought `keys` keys of its own, for its layer and every slot that had a say."""
         site, engaged = call.site, call.engaged
         if self._counted is not None:
-            self._counted.append(Counted(site.layer, site.part, call.keys_read, keys, engaged.get("reuse") == 1))
+            self._counted.append(
+                Counted(site.layer, site.part, call.keys_read, keys, engaged.get("reuse") == 1, call.stored)
+            )
         if "reuse" in engaged:
             self.slots["reuse"].skipped += engaged["reuse"]
             self.fired("reuse")
@@ -484,7 +490,7 @@ class Run:
 
     def _describe_kernel(self) -> str:
         dense = ", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel
-        found = dense + (f"; chosen blocks: {', '.join(sorted(self._paths))}" if self._paths else "")
+        found = "; ".join([dense, *(f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))])
         return found + (f"; {self.replayed} forwards replayed" if self.replayed else "")
 
     def _describe_cache(self) -> dict[str, Any]:
@@ -547,6 +553,7 @@ class Call:
     lanes: int  # batch rows x heads
     keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
     chose: bool = False  # whether a selector left anything out
+    stored: bool = False  # whether all of the outside was computed and kept
     engaged: dict[str, float] = field(default_factory=dict)  # slots that changed the call, reuse by its share of heads
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
@@ -569,11 +576,11 @@ class Call:
                 self._count(q, found.keys_read)
                 self.run._chosen_bytes[self.site.branch] += found.bytes
                 asked = self.run.accel.kernel != "auto"
-                self.run._paths.add(path(kernel, asked, q, found))
+                self.run._paths["chosen blocks"].add(path(kernel, asked, q, found))
                 return over_blocks(kernel, asked, q, found, scale)
             plan = found if plan is None else plan & found
         self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
-        return over_entries(kernel, q, entries, scale, plan)
+        return self._over(kernel, q, entries, scale, plan)
 
     def of_heads(self, heads: Sequence[int]) -> Reader:
         """`read` for some heads (B, S, heads, D) of all."""
@@ -591,7 +598,13 @@ class Call:
 
     def read_all(self, q: Tensor, entries: Entries) -> Partial:
         """As `read_whole`, not counted: for queries of text beside those of the video."""
-        return over_entries(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, None)
+        return self._over(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, None)
+
+    def _over(self, kernel: ModuleType, q: Tensor, entries: Entries, scale: float, plan: Plan | None) -> Partial:
+        asked = self.run.accel.kernel != "auto"
+        if plan is None and not asked and in_one(q, entries):
+            self.run._paths["merged entries"].add("triton")
+        return over_entries(kernel, q, entries, scale, plan, asked)
 
     def _count(self, q: Tensor, keys: Any) -> None:
         self.keys_read += keys * q.shape[0] * q.shape[2] / self.lanes

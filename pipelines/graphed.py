@@ -99,7 +99,7 @@ class GraphedForwards:
         inputs = latents.clone(), timestep.clone()
         self.run.tables = self._rotate(grid, latents)
         try:
-            with replay.uncounted(self.run), replay.counting(self.run) as counted:
+            with replay.recording(self.run), replay.counting(self.run) as counted:
                 launch, out = self._record(lambda: now(*inputs))
         finally:
             self.run.tables = None

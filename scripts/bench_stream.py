@@ -16,6 +16,7 @@ import argparse
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Stream(Rollout):
 
     forwards: GraphedForwards | None = None
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cache.waits = False
+
     def forward_of(self, step: int, graphs: bool) -> Tensor:
         """The output of one forward of the block at work."""
         latents, t = self.bench.latents[self.block % 2], 0.0 if step == STEPS else 500.0
@@ -71,6 +76,22 @@ class Stream(Rollout):
                 raise SystemExit(f"RED: step {step} replayed is off by {off:.3g} of {allowed:.3g}")
         if self.forwards is not None and self.run.replayed == before:
             raise SystemExit("RED: nothing was replayed")
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of a block's parts, each waited for: what stands beside one another in a block overlaps."""
+        found: defaultdict[str, float] = defaultdict(float)
+        self.cache.waits = True
+        for step in range(STEPS + 1):
+            synchronise(self.bench.text)
+            began = time.perf_counter()
+            self.forward_of(step, graphs=True)
+            synchronise(self.bench.text)
+            name = "first_step" if step == 0 else "later_steps" if step < STEPS else "clean_pass"
+            found[name] += 1e3 * (time.perf_counter() - began)
+        self.block, self.cache.waits = self.block + 1, False
+        found["commit"] = 1e3 * self.cache.seconds
+        found["clean_pass"] -= found["commit"]
+        return found
 
     def timed(self, each: Callable[[], object], blocks: int = BLOCKS) -> float:
         """Median milliseconds of a block."""

@@ -8,20 +8,23 @@ from test_policies import PROMPTS
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, InwardWindow, PadCollapse, SinkRecent, TempCache
+from diffaccel.cache import merged
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import graphed
 
 FLASH = FlashBlock(refresh=(0,), min_past=0)
 SETTINGS = {"height": 64, "width": 64, "num_frames": 65, "num_inference_steps": 4, "output_type": "latent"}
-REPEAT = {  # forwards that are replayed of 6 blocks of 3 latent frames (the last of 2) with 4 steps each
-    "flash": (Accel(reuse=FLASH, cache=TempCache(0.9, budget="6 frames")), 3),
-    "sink and recent": (Accel(cache=SinkRecent(3, 1)), 4),
-    "both": (Accel(cache=SinkRecent(3, 1), reuse=FLASH, prompt=PadCollapse()), 3),
+FORWARDS = 5
+REPEAT = {  # all forwards of a block, 4 steps and the clean pass, once 3 of 6 blocks are past
+    "merged": Accel(cache=TempCache(0.3, budget="9 frames")),
+    "merged and reused": Accel(cache=TempCache(0.3, budget="9 frames"), reuse=FLASH),
+    "sink and recent": Accel(cache=SinkRecent(3, 1)),
+    "all": Accel(cache=SinkRecent(3, 1), reuse=FLASH, prompt=PadCollapse()),
 }
 ALONE = {
     "dense": Accel(),
-    "merged entries": Accel(cache=TempCache(0.3)),
-    "every step computed": Accel(reuse=FlashBlock(refresh=1), cache=TempCache(0.3)),
+    "merged entries, head by head": Accel(cache=TempCache(0.3, heads="per_head")),
+    "merged entries in 8 bits": Accel(cache=TempCache(0.3, bits=8)),
     "extrapolated": Accel(reuse=FlashBlock(refresh=(0, 2), min_past=0, extrapolate=0.5), cache=SinkRecent(3, 1)),
     "selected": Accel(selection=AnnSA(0.3, dense_steps=0, min_past=0)),
     "windows": Accel(window=InwardWindow((2, 2))),
@@ -59,7 +62,7 @@ def launched(monkeypatch):
             out = forward()
 
             def launch():
-                with graphed.replay.uncounted(self.run):
+                with graphed.replay.recording(self.run):
                     where, tables = self.run._where, self.run.tables
                     self.run.tables = mine
                     out.copy_(forward())
@@ -68,6 +71,7 @@ def launched(monkeypatch):
             return launch, out
 
     monkeypatch.setattr(graphed, "unfit", lambda model: None)
+    monkeypatch.setattr(merged, "can_in_one", lambda device, dtype, dim: True)
     monkeypatch.setattr("diffaccel.pipelines.causal_wan.GraphedForwards", Launched)
     return held
 
@@ -75,17 +79,16 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("name", REPEAT)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_what_repeats_is_replayed_and_counted_alike(name, guidance, launched):
-    accel, steps = REPEAT[name]
-    pipe = tiny_pipeline()
+    accel, pipe = REPEAT[name], tiny_pipeline()
     expected, usual = made(pipe, accel, guidance_scale=guidance)
     found, report = made(pipe, accel, guidance_scale=guidance, graphs=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert slots(report) == slots(usual)
     [forwards] = launched
     branches = 1 if guidance == 1 else 2
-    assert forwards.captured == branches  # all of a block's are alike
-    assert forwards.run.replayed % (steps * branches) == 0
-    assert forwards.run.replayed >= 2 * steps * branches
+    kinds = 1 if accel.reuse is None else 3  # the past is read, read and stored, or what was stored is reused
+    assert forwards.captured == kinds * branches
+    assert forwards.run.replayed == (3 * FORWARDS - 1) * branches  # the last block has no clean pass
     assert not forwards.run.still
     assert report.kernel == f"{usual.kernel}; {forwards.run.replayed} forwards replayed"
 
@@ -100,8 +103,20 @@ def test_what_stands_alone_is_run(name, launched):
     assert launched[0].captured == 0
 
 
+def test_a_clean_pass_whose_queries_are_kept_is_run(launched):
+    _, _ = made(tiny_pipeline(), Accel(cache=TempCache(0.3, variant="paper", budget="9 frames")), graphs=True)
+    assert launched[0].run.replayed == 3 * (FORWARDS - 1)
+
+
+def test_merged_entries_are_read_as_usual_by_a_kernel_that_was_asked_for(launched):
+    accel = replace(REPEAT["merged"], kernel="sdpa")
+    _, report = made(tiny_pipeline(), accel, graphs=True)
+    assert launched[0].captured == 0
+    assert "merged" not in report.kernel
+
+
 def test_nothing_is_captured_while_calls_are_timed_on_a_gpu(launched):
-    _, _ = made(tiny_pipeline(), REPEAT["flash"][0], timing=True, graphs=True)
+    _, _ = made(tiny_pipeline(), REPEAT["merged and reused"], timing=True, graphs=True)
     assert launched[0].captured == 0
 
 
@@ -129,7 +144,7 @@ def test_a_model_on_the_cpu_is_refused():
 @pytest.mark.parametrize("name", REPEAT)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_graph_is_the_forward_that_it_stands_for(name, compiled):
-    accel, steps = REPEAT[name]
+    accel = REPEAT[name]
     pipe = tiny_pipeline().to("cuda", torch.bfloat16)
     pipe.vae.to(torch.float32)
     if compiled:
@@ -150,4 +165,4 @@ def test_a_graph_is_the_forward_that_it_stands_for(name, compiled):
         graphed.GraphedForwards.__init__ = init
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
     assert slots(report) == slots(usual)
-    assert held[0].run.replayed >= 2 * steps
+    assert held[0].run.replayed >= 2 * FORWARDS

@@ -234,6 +234,35 @@ def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold, over
         assert row.multiplicity[0] == (3 * T, 1) or row.multiplicity[0][0] > 3 * T  # the sink is as it was
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_room_of_entries_says_what_they_are_and_stays_where_it_is(bits):
+    policy = TempCache(0.9, budget=f"{2 + 2 + 4} frames", bits=bits)
+    still = [torch.randn(T, HEADS, DIM) for _ in range(2)]
+    frames = [(still[n % 2] if n % 3 else torch.randn(T, HEADS, DIM)) for n in range(24)]
+    addresses, scratch = set(), {}
+    run = fake_run(scratch)
+    memory, block = Memory(policy.expected_tokens(24 * T, Grid(2, 2, 3))), 0
+    for block in range(12):
+        k = torch.cat(frames[2 * block : 2 * block + 2])[None]
+        memory.place(k, k + 1, site(block, 2))
+        memory.finish_block(k.shape[1])
+        policy.commit([memory], site(block, 2), run)
+        for row in memory.older[0].rows if memory.older else ():
+            entries, room = row.entries(), row.entries().room
+            if bits is not None:
+                assert room is None
+                continue
+            n = int(room.used)
+            assert n == row.count
+            assert torch.equal(room.k[:, :n], entries.k)
+            assert torch.equal(room.v[:, :n], entries.v)
+            counts = torch.tensor([m for size, m in row.multiplicity for _ in range(size)])
+            torch.testing.assert_close(room.log_weight[:n], counts.float().log())
+            assert torch.isneginf(room.log_weight[n:]).all()
+            addresses.add(tuple(x.data_ptr() for x in room))
+    assert len(addresses) == (1 if bits is None else 0)
+
+
 def test_what_is_seen_often_outlives_what_was_seen_once():
     still = torch.randn(T // 2, HEADS, DIM)
     frames = [torch.cat([still, torch.randn(T // 2, HEADS, DIM)]) for _ in range(20)]

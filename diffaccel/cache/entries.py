@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import log
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ class Lasting:
     notes: dict[Any, Any] = field(default_factory=dict)
 
 
+class Room(NamedTuple):
+    """A buffer of which the first `used` entries count; what lies behind them is finite."""
+
+    k: Tensor  # (B, C, H, D), rotated
+    v: Tensor
+    log_weight: Tensor  # (C,) fp32, natural logarithm of the tokens an entry stands for, -inf behind the last
+    used: Tensor  # (1,) int64, at most C
+
+
 @dataclass(frozen=True, eq=False)
 class Entries:
     """Keys and values (B, N, H, D) as attention reads them, keys rotated.
@@ -29,6 +38,7 @@ class Entries:
     how many tokens each entry stands for, as consecutive groups ((entries, tokens each), ...): a score gets
     log(tokens each) added, which makes attention over identical keys exact (FAST-AR, Lemma 5.1). None: one each.
     `at_work` says that these are keys of the block at work, which change from step to step.
+    `room` is the buffer that they are the beginning of, where it can be read in one launch.
     `notes` is for what a reader would work out again at every read of entries that stay as they are; `lasting` for
     what it carries over to what becomes of them.
     """
@@ -40,6 +50,7 @@ class Entries:
     notes: dict[Any, Any] = field(default_factory=dict)
     lasting: Lasting = field(default_factory=Lasting)
     at_work: bool = False
+    room: Room | None = None
 
     @property
     def count(self) -> int:
@@ -47,7 +58,7 @@ class Entries:
 
     def of_heads(self, heads: slice | Tensor) -> "Entries":
         """The same entries of some heads."""
-        return replace(self, k=self.k[:, :, heads], v=self.v[:, :, heads], lasting=Lasting())
+        return replace(self, k=self.k[:, :, heads], v=self.v[:, :, heads], lasting=Lasting(), room=None)
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,7 @@ Every operation has shapes that the host knows, so that a commit waits for the d
 and of which multiplicity), whatever the number of layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..kernel.merge import Partial
-from .entries import Entries, Lasting, Reader
+from ..kernel.weighted import can_in_one
+from .entries import Entries, Lasting, Reader, Room
 from .shuttle import Shuttle, host_like
-from .store import Joined, Store, longer, make_store, portions, size_of
+from .store import Joined, Plain, Store, longer, make_store, portions, size_of
 
 ANCHOR = 32
-EXTRA_BYTES = 2 * ANCHOR + 12
+EXTRA_BYTES = 2 * ANCHOR + 16
 """Random projections kept of an entry's first key, to tell how far its members have drifted, and what an entry takes
 beside its key and value."""
 
@@ -80,6 +81,9 @@ class MergedTokens:
         generator = torch.Generator().manual_seed(0)
         self._project = torch.randn(width, ANCHOR, generator=generator).to(device) / width**0.5
         self.used = torch.zeros(rows, dtype=torch.int64, device=device)
+        # of what is settled, where it stays: a launch that was captured reads it there
+        self.log_count = torch.full((rows, capacity), -torch.inf, device=device)
+        self.filled = torch.zeros(rows, dtype=torch.int64, device=device)
         self.owner: Tensor | None = None  # (R, T) entry of each token of the newest frame, -1 where it was evicted
         self.bound = 0  # no row holds more than this
         self.absorbed = 0  # tokens taken by each row
@@ -95,7 +99,7 @@ class MergedTokens:
 
     @property
     def bytes(self) -> int:
-        about = sum(size_of(held) for held in (self.count, self.frame, self.cell, self.anchor))
+        about = sum(size_of(held) for held in (self.count, self.frame, self.cell, self.anchor, self.log_count))
         return about + (0 if self._away else self._held)
 
     @property
@@ -373,6 +377,8 @@ class MergedTokens:
             gone = (self.owner < 0) | (self.count.gather(1, owner) == 0)
             self.owner = torch.where(gone, -1, owner)
         self.used = (self.count > 0).sum(1)
+        self.filled.copy_(self.used)
+        torch.log(self.count, out=self.log_count)
 
         most, self.bound = torch.stack([self.count.max().long(), self.used.max()]).tolist()
         sizes = torch.zeros(self.rows, most + 1, dtype=torch.int64, device=order.device)
@@ -395,6 +401,7 @@ class MergedTokens:
             store.parts = [longer(part, more) for part in store.parts]
         about = (self.count, self.frame, self.cell, self.anchor)
         self.count, self.frame, self.cell, self.anchor = (longer(held, more) for held in about)
+        self.log_count = torch.full(self.count.shape, -torch.inf, device=self.count.device)
 
 
 @dataclass(eq=False)
@@ -421,7 +428,17 @@ class Row:
             if self.following is not None and self.following.count:
                 shuttle.fetch(self.following, self.following._parts(), merged.count.device)
         vectors = (merged.k.opened(parts[:k], self.number), merged.v.opened(parts[k:], self.number))
-        return Entries(*vectors, self.frames, self.multiplicity, self.notes, self.lasting)
+        return Entries(*vectors, self.frames, self.multiplicity, self.notes, self.lasting, room=self.room())
+
+    def room(self) -> Room | None:
+        """Where the entries lie, if they lie on the device as attention reads them."""
+        merged, row = self.merged, slice(self.number, self.number + 1)
+        if merged.shuttle is not None or not isinstance(merged.k, Plain) or not isinstance(merged.v, Plain):
+            return None
+        k, v = (
+            store.opened([part[self.number] for part in store.parts], self.number) for store in (merged.k, merged.v)
+        )
+        return Room(k, v, merged.log_count[self.number], merged.filled[row])
 
     def _parts(self) -> list[Tensor]:
         """What holds the keys, then what holds the values."""
@@ -455,6 +472,16 @@ class MergedTier:
             found = [read(head, row.entries()) for head, row in zip(heads, rows, strict=True)]
             parts.append(Partial(*(torch.cat(same, dim=2) for same in zip(*found, strict=True))))
         return Partial(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+    def address(self) -> Hashable | None:
+        """Where the entries lie if reading them launches the same each time, however many they are; else None."""
+        [row, *others] = self.rows
+        room = row.room()
+        if others or room is None or len(row.multiplicity) < 2:
+            return None
+        if not can_in_one(room.k.device, room.k.dtype, room.k.shape[-1]):
+            return None
+        return tuple(x.data_ptr() for x in room)
 
     def frames(self) -> list[Tensor]:
         return [row.frames for row in self.rows]

@@ -45,6 +45,10 @@ class History:
         else:
             self.last = Partial(*(x.clone() for x in partial))
 
+    def stored_again(self, key: Key, noise: float) -> None:
+        """`last` was overwritten where it lies, as `replace(key, ..., still=True)` does."""
+        self.key, self.moved, self.noise = key, None, [(noise, None)] * len(self.noise)
+
     def update(self, heads: Sequence[int], fresh: Partial, noise: float, twice: bool) -> None:
         """Some heads (B, S, heads, D) were computed anew."""
         assert self.last is not None
