@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
+from ..kernel.xformers import built_for
 from ..version import __version__
 
 PACKAGE = "diffaccel"
 
 EXTRAS = {
-    "xformers": "nothing yet: no part of diffaccel uses xFormers so far",
+    "xformers": "one more dense attention to choose from, on NVIDIA GPUs",
     "faiss": "any index of Faiss on the CPU, as ann.Faiss (in place of faiss-gpu)",
     "faiss-gpu": "any index of Faiss on an NVIDIA GPU, as ann.Faiss (in place of faiss)",
     "hopper": "FlashAttention-3: the fastest dense attention in bfloat16, on Hopper GPUs only",
@@ -252,7 +253,7 @@ def _broken(distribution: str, module: str, said: str) -> Problem:
     if found is None:
         return Problem(f"{distribution} is missing: {said}", f'pip install "{distribution}"')
     if distribution == "xformers":
-        built, asked = _xformers_torch()
+        built, asked = built_for()
         said = said.partition(" xFormers was built for")[0].rstrip(".")  # what for is said here
         what = f"xformers {found} is installed and does not load: {said}; it was built for torch "
         what += f"{built or 'of another version'} and asks for {asked}, and this is torch {torch.__version__}"
@@ -260,20 +261,6 @@ def _broken(distribution: str, module: str, said: str) -> Problem:
         return Problem(what, f'pip uninstall xformers, or pip install "torch{public}"')
     what = f"{distribution} {found} is installed and {module} cannot be imported: {said}"
     return Problem(what, f'pip install --force-reinstall --no-deps "{distribution}"')
-
-
-def _xformers_torch() -> tuple[str | None, str]:
-    """The torch that an installed xFormers was built with, where it says so, and what its metadata asks for.
-
-    Its metadata may take later versions than its compiled parts load with.
-    """
-    asked = [str(one) for one in map(Requirement, metadata.requires("xformers") or ()) if one.name == "torch"]
-    try:
-        notes = metadata.distribution("xformers").locate_file("xformers/cpp_lib.json")
-        built = json.loads(Path(str(notes)).read_text(encoding="utf-8"))["version"]["torch"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, ", ".join(asked) or "any torch"
-    return str(built), ", ".join(asked) or "any torch"
 
 
 # -- torch and the GPU ---------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import torch
 
 from ..errors import KernelError
 from ..suggest import choose
-from . import fa3, fa4, reference, sdpa, split
+from . import fa3, fa4, reference, sdpa, split, xformers
 from .merge import Partial, merge, nothing
 
-KERNELS: dict[str, ModuleType] = {kernel.name: kernel for kernel in (reference, sdpa, fa3, fa4, split)}
+KERNELS: dict[str, ModuleType] = {kernel.name: kernel for kernel in (reference, sdpa, fa3, fa4, xformers, split)}
 CHOICES = ("auto", *KERNELS)
 _BY_SPEED = (fa3, sdpa, reference)
 

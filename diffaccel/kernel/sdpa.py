@@ -14,7 +14,7 @@ from .merge import Partial
 name = "sdpa"
 
 _aten = torch.ops.aten
-_DTYPES = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
 _DTYPES["cpu"] = (*_DTYPES["cuda"], torch.float64)
 
 
