@@ -22,6 +22,7 @@ from .checks import (
     check_graphs,
     check_output,
     check_parent,
+    check_profile,
     default_preset,
     fail,
     one_sentence,
@@ -33,6 +34,7 @@ from .checks import (
     require,
     say,
 )
+from .demo import demo
 from .job import Job, finish
 from .show import counts_steps, print_report, progress_bar, readable
 
@@ -95,6 +97,10 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for pictures of the cache: length, recall, time")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="TRACE.json", help="trace the first video's last blocks for chrome://tracing")
+    ] = None,
+    profile_blocks: Annotated[int, typer.Option(help="blocks to trace (steps where there are no blocks)")] = 2,
 ) -> None:
     """Generate a video for each prompt."""
     with one_sentence():
@@ -109,6 +115,8 @@ def generate(
             check_plots()
             check_parent(plots)
             require(not plots.exists() or plots.is_dir(), f"--plots names a folder, and '{plots}' is a file")
+        if profile is not None:
+            check_profile(profile, profile_blocks, comparing=comparing)
         width, height = parse_size(size) if size else (None, None)
         require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
@@ -145,6 +153,8 @@ def generate(
         if sentence := compile_if(compiling, pipe, *to_come(pipe, arguments, len(texts) * (1 + comparing))):
             say(f"note: {sentence}")
         job = Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
+        if profile is not None:
+            job = dataclasses.replace(job, profile=(profile, profile_blocks))
         typer.echo(f"preset {preset or default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
         if report is not None:
@@ -529,6 +539,9 @@ def doctor(
         typer.echo(content)
         if not found.healthy:
             raise typer.Exit(1)
+
+
+app.command()(demo)
 
 
 def _print_version(wanted: bool) -> None:

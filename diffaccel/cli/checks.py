@@ -201,6 +201,14 @@ def check_graphs(pipe: Any, *, comparing: bool, observing: bool) -> None:
     require(why is None, f"--graphs captures forwards of weights that stay on a GPU, and {why}")
 
 
+def check_profile(trace: Path, blocks: int, *, comparing: bool) -> None:
+    """Rules of --profile."""
+    require(not comparing, "--profile traces one generation, and --compare makes several; leave one of the two out")
+    require(trace.suffix.lower() == ".json" and not trace.is_dir(), f"--profile names a .json file, got '{trace}'")
+    require(blocks >= 1, f"--profile-blocks must be at least 1, got {blocks}")
+    check_parent(trace)
+
+
 def prompt_length(pipe: Any) -> int:
     import inspect
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class Job:
     fps: float
     many: bool
     observe: bool = False
+    profile: tuple[Path, int] | None = None  # the file of a trace, and how many blocks it is of
 
     def generate(self, prompts: Sequence[str], out: Path) -> list[Result]:
         """A video a prompt; stops after the first that is interrupted."""
@@ -45,13 +46,13 @@ class Job:
             out.mkdir(exist_ok=True)
             files = [out / f"{name}.mp4" for name in slugs(prompts)]
         results = []
-        for prompt, file in zip(prompts, files, strict=True):
-            results.append(self._one(prompt, file))
+        for number, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
+            results.append(self._one(prompt, file, traces=number == 0))
             if results[-1].interrupted:
                 break
         return results
 
-    def _one(self, prompt: str, file: Path) -> Result:
+    def _one(self, prompt: str, file: Path, traces: bool) -> Result:
         from ..errors import NotEngagedError
         from ..video import VideoWriter
 
@@ -60,7 +61,7 @@ class Job:
         try:
             timing = not self.arguments.get("graphs", False)
             observed = self.accel(self.pipe, timing=timing, observe=self.observe)
-            with observed as run, writer, progress_bar(prompt) as show:
+            with observed as run, self._traced(run, traces), writer, progress_bar(prompt) as show:
                 if run.causal:
                     self._stream(prompt, run, writer, show)
                 else:
@@ -87,6 +88,19 @@ class Job:
             if writer.frames:
                 print_report(file, writer.frames, report)
         return Result(content, idle, stopped)
+
+    @contextmanager
+    def _traced(self, run: "Run", traces: bool) -> Iterator[None]:
+        if self.profile is None or not traces:
+            yield
+            return
+        from ..trace import traced
+
+        path, blocks = self.profile
+        with traced(run, self.pipe, path, blocks) as trace:
+            yield
+        out_console().print(f"{path}: a trace for chrome://tracing or ui.perfetto.dev", soft_wrap=True, markup=False)
+        out_console().print(trace.table(), soft_wrap=True, markup=False)
 
     def _stream(self, prompt: str, run: "Run", writer: Any, show: "Shower") -> None:
         import torch
