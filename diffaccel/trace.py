@@ -91,7 +91,6 @@ def traced(run: Run, pipe: Any, path: str | os.PathLike[str], blocks: int = 2) -
         try:
             yield trace
         finally:
-            installed.close()
             if recorder.stop():
                 trace.rows = recorder.write(trace.path)
 
