@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ for texts of `WORTH` tokens and more: shorter ones have too little past for reus
 at the shape of an 8B model, samples/RESULTS.md)."""
 
 WORTH = 4096
+
+OnStep = Callable[[list[int]], None]
 
 _NUMBERS = ("block_length", "num_inference_steps", "threshold", "temperature", "max_tokens", "max_length")
 _TEXTS = ("prompt_form", "prompt_pattern", "prompt_example")
@@ -271,16 +273,30 @@ def unread(model: Model, prompt: str, writer: Writer) -> Iterator[str]:
         )
 
 
-def write(model: Model, prompt: str, writer: Writer, reuse: TokenCount | None = None, kernel: str = "auto") -> Text:
-    """The text that `LLaDA2Pipeline` makes of the prompt, finished blocks cached. Raises what `check_prompt` and
-    `BlockLM` raise, but says in `idle` that `reuse` did not engage."""
+def write(
+    model: Model,
+    prompt: str,
+    writer: Writer,
+    reuse: TokenCount | None = None,
+    kernel: str = "auto",
+    on_step: OnStep | None = None,
+) -> Text:
+    """The text that `LLaDA2Pipeline` makes of the prompt, finished blocks cached. `on_step` is called after every
+    denoising step with the tokens so far, prompt and masks included. Raises what `check_prompt` and `BlockLM` raise,
+    but says in `idle` that `reuse` did not engage."""
     from .pipelines.block_lm import BlockLM
 
-    return _write(BlockLM(model.lm, writer.block_length, reuse=reuse, kernel=kernel), model, prompt, writer)
+    lm = BlockLM(model.lm, writer.block_length, reuse=reuse, kernel=kernel)
+    return _write(lm, model, prompt, writer, on_step)
 
 
 def compare(
-    model: Model, prompt: str, writer: Writer, reuse: TokenCount | None = None, kernel: str = "auto"
+    model: Model,
+    prompt: str,
+    writer: Writer,
+    reuse: TokenCount | None = None,
+    kernel: str = "auto",
+    on_step: OnStep | None = None,
 ) -> Comparison:
     """`write` beside the same without reuse and without a cache, each after a block to warm up."""
     from .pipelines.block_lm import BlockLM
@@ -291,18 +307,24 @@ def compare(
     if reuse is None:
         del arms["cached"]  # is what was asked for
     for lm in arms.values():
-        _write(lm, model, prompt, dataclasses.replace(writer, max_tokens=min(2 * block, writer.max_tokens)))
+        _write(lm, model, prompt, dataclasses.replace(writer, max_tokens=min(2 * block, writer.max_tokens)), on_step)
         lm.reset()
-    return Comparison({name: _write(lm, model, prompt, writer) for name, lm in arms.items()})
+    return Comparison({name: _write(lm, model, prompt, writer, on_step) for name, lm in arms.items()})
 
 
-def _write(lm: "BlockLM", model: Model, prompt: str, writer: Writer) -> Text:
+def _write(lm: "BlockLM", model: Model, prompt: str, writer: Writer, on_step: OnStep | None) -> Text:
     from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
     check_prompt(model, prompt)
     scheduler = BlockRefinementScheduler(block_length=writer.block_length)
     pipe = LLaDA2Pipeline(model=lm, scheduler=scheduler, tokenizer=model.tokenizer)
     pipe.set_progress_bar_config(disable=True)
+
+    def stepped(_pipe: Any, _step: int, _of_block: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert on_step is not None
+        on_step(tensors["block_x"][0].tolist())
+        return {}
+
     lm.check()  # not part of the time
     wait = torch.cuda.synchronize if lm.device.type == "cuda" else lambda: None
     wait()
@@ -317,6 +339,7 @@ def _write(lm: "BlockLM", model: Model, prompt: str, writer: Writer) -> Text:
         editing_threshold=None,
         generator=torch.Generator(lm.device).manual_seed(writer.seed),
         output_type="seq",
+        callback_on_step_end=None if on_step is None else stepped,
     )
     wait()
     seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: an environment of the checkout's own, installed once for each state of its pins.
 #
 #   prepare_environment [EXTRA]     creates .venv, installs diffaccel[EXTRA] editable under scripts/constraints.txt
+#   prepare_browser                 Chromium and its driver, for tests of pages
 
 prepare_environment() {
     local extra="${1:-}" python="${PYTHON:-python3}" venv="$root/.venv" stamp wanted
@@ -24,4 +25,19 @@ prepare_environment() {
     fi
     PATH="$venv/bin:$PATH"
     unset PYTHONPATH
+}
+
+# Pages are tested in a real browser: Chromium and its driver are installed where apt can do it, and tests that need
+# them are skipped where it cannot.
+prepare_browser() {
+    local as_root=()
+    command -v chromedriver > /dev/null && return
+    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
+    if command -v apt-get > /dev/null && "${as_root[@]}" true 2> /dev/null; then
+        echo "browser: installing chromium"
+        as_root+=(env DEBIAN_FRONTEND=noninteractive)
+        "${as_root[@]}" apt-get -qq update && "${as_root[@]}" apt-get -qq install -y chromium chromium-driver > /dev/null &&
+            return
+    fi
+    echo "browser: there is no chromium here and apt cannot install it; tests of pages are skipped" >&2
 }

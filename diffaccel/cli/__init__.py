@@ -35,6 +35,7 @@ from .checks import (
     say,
 )
 from .demo import demo
+from .demo import demo
 from .job import Job, finish
 from .show import counts_steps, print_report, progress_bar, readable
 
@@ -539,6 +540,9 @@ def doctor(
         typer.echo(content)
         if not found.healthy:
             raise typer.Exit(1)
+
+
+app.command()(demo)
 
 
 app.command()(demo)
