@@ -22,6 +22,7 @@ from .grid import Grid
 from .joint import Text
 from .kernel import Partial, merge
 from .kernel.boxes import Boxes, over_boxes
+from .kernel.choose import Choice, Size, size_of
 from .kernel.weighted import in_one, over_entries
 from .observe import Observer
 from .plan import Plan
@@ -75,7 +76,7 @@ class Run:
         self._histories: defaultdict[tuple[str, int], History] = defaultdict(History)
         self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
-        self._kernels: dict[tuple[torch.device, torch.dtype, int], ModuleType] = {}
+        self._kernels: dict[tuple[torch.device, Size], Choice] = {}
         self._paths: defaultdict[str, set[str]] = defaultdict(set)  # what read other things than all keys of a tensor
         self._seconds: defaultdict[_Section, float] = defaultdict(float)
         self._layers: dict[tuple[int, Part], LayerReport] = {}
@@ -273,12 +274,12 @@ class Run:
     def open(self, site: Site, q_BSHD: Tensor) -> "Call":
         return Call(self, site, q_BSHD.shape[0] * q_BSHD.shape[2])
 
-    def kernel_for(self, q: Tensor) -> ModuleType:
-        key = (q.device, q.dtype, q.shape[-1])
+    def kernel_for(self, q: Tensor, keys: int) -> ModuleType:
+        key = (q.device, size_of(q, keys))
         if key not in self._kernels:
-            self._kernels[key] = kernel.resolve(self.accel.kernel, *key)
+            self._kernels[key] = kernel.pick(self.accel.kernel, q.device, q.dtype, q.shape[-1], key[1])
             self._device, self._dtype = q.device, q.dtype
-        return self._kernels[key]
+        return kernel.KERNELS[self._kernels[key].kernel]
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tier:
         """What one cross-attention reads of the prompt."""
@@ -489,8 +490,10 @@ class Run:
         )
 
     def _describe_kernel(self) -> str:
-        dense = ", ".join(sorted({found.name for found in self._kernels.values()})) or self.accel.kernel
-        found = "; ".join([dense, *(f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))])
+        dense = ", ".join(sorted({found.kernel for found in self._kernels.values()})) or self.accel.kernel
+        why = sorted({found.why for found in self._kernels.values() if found.why})
+        paths = (f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))
+        found = "; ".join([dense, *why, *paths])
         return found + (f"; {self.replayed} forwards replayed" if self.replayed else "")
 
     def _describe_cache(self) -> dict[str, Any]:
@@ -558,7 +561,7 @@ class Call:
 
     def read(self, q: Tensor, entries: Entries) -> Partial:
         """Attention of `q` over what the window and the selection leave of `entries`."""
-        kernel, scale = self.run.kernel_for(q), q.shape[-1] ** -0.5
+        kernel, scale = self.run.kernel_for(q, entries.count), q.shape[-1] ** -0.5
         if self.site.part == "self":
             for selector in self.run._selectors:
                 scale *= selector.scale(self.site)
@@ -598,7 +601,7 @@ class Call:
 
     def read_all(self, q: Tensor, entries: Entries) -> Partial:
         """As `read_whole`, not counted: for queries of text beside those of the video."""
-        return self._over(self.run.kernel_for(q), q, entries, q.shape[-1] ** -0.5, None)
+        return self._over(self.run.kernel_for(q, entries.count), q, entries, q.shape[-1] ** -0.5, None)
 
     def _over(self, kernel: ModuleType, q: Tensor, entries: Entries, scale: float, plan: Plan | None) -> Partial:
         asked = self.run.accel.kernel != "auto"
