@@ -562,8 +562,13 @@ def test_the_kernel_auto_chooses_is_named_first():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_kernel_is_right_on_a_gpu(quick, dtype):
+def test_every_kernel_is_right_on_a_gpu(quick, dtype, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFACCEL_CACHE", str(tmp_path))
     found = doctor.examine(device="cuda", dtype=dtype, frames=161, width=256, height=256)
+    [kept] = json.loads((tmp_path / "kernels.json").read_text()).values()  # for "auto", which measures nothing again
+    [times] = kept.values()
+    assert times == {row.kernel: row.milliseconds for row in found.kernels.dense if row.kernel in times}
+    assert found.kernels.auto in times
     assert found.healthy, found.problems
     assert not [row for row in (*found.kernels.dense, found.kernels.sparse) if row.status in ("wrong", "failed")]
     assert found.kernels.sparse.status == "right"

@@ -94,7 +94,9 @@ def kernel_problems(kernels: Checks) -> list[Problem]:
 
 
 def _remedy(check: Check, kernels: Checks, right: list[str]) -> str:
-    package = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "triton": "triton"}.get(check.kernel, "torch")
+    package = {"fa3": "fa3-fwd", "fa4": "flash-attn-4", "xformers": "xformers", "triton": "triton"}.get(
+        check.kernel, "torch"
+    )
     again = f"pip install --force-reinstall --no-deps {package}"
     if check is kernels.sparse:
         return f"{again}; until then leave AnnSA out: --set selection=none"

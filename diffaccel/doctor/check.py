@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernel import KERNELS, Partial, reference, resolve
+from ..kernel import EXACT, KERNELS, Partial, choose, pick, reference
 from ..kernel.block_sparse import BlockLists, written_out
 from ..kernel.merge import HAS_TRITON
 from .shape import Shape
@@ -75,7 +75,8 @@ class Checks:
     """All kernels at one shape: (1, `queries`, `heads`, `head_dim`) queries over `keys` keys.
 
     `cut` says, a sentence each, how that differs from the model's own shape. `auto` is the kernel that "auto" resolves
-    to; `faster` are those that are right and were faster than it in every call, by 5 % in the median.
+    to, on a GPU for reasons in `why`: what was measured here is kept for it. `faster` are those that are right and were
+    faster than it in every call, by 5 % in the median.
     """
 
     queries: int
@@ -84,6 +85,7 @@ class Checks:
     head_dim: int
     cut: tuple[str, ...]
     auto: str
+    why: str
     faster: tuple[str, ...]
     dense: tuple[Check, ...]
     sparse: Check
@@ -205,7 +207,11 @@ def _check_kernels(shape: Shape, device: torch.device, dtype: torch.dtype, secon
             sparse = Check("triton", "failed", said(error))
     found |= judge(arms, device, dtype, seconds)
     sparse = found.pop("triton", sparse)
-    auto = resolve("auto", device, dtype, shape.head_dim).name
+    size = choose.size_of(q, shape.keys)
+    if device.type == "cuda":
+        tried = [found[kernel.name] for kernel in EXACT if found[kernel.name].status != "unusable"]
+        choose.table(device).keep(size, {check.kernel: _lasts(check) for check in tried})
+    auto, why = pick("auto", device, dtype, shape.head_dim, size)
     return Checks(
         queries=queries,
         keys=shape.keys,
@@ -213,10 +219,16 @@ def _check_kernels(shape: Shape, device: torch.device, dtype: torch.dtype, secon
         head_dim=shape.head_dim,
         cut=tuple(cut),
         auto=auto,
+        why=why,
         faster=_faster(found, auto),
         dense=tuple(found[name] for name in KERNELS),
         sparse=sparse,
     )
+
+
+def _lasts(check: Check) -> float:
+    """Milliseconds; infinite for a kernel that "auto" is not to choose."""
+    return check.milliseconds if check.status == "right" and check.milliseconds is not None else float("inf")
 
 
 def judge(arms: dict[str, Arm], device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Check]:

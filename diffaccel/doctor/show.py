@@ -75,7 +75,7 @@ def _kernels(kernels: "Checks") -> list[str]:
     faster = "no other usable kernel was measurably faster"
     if kernels.faster:
         faster = f"measurably faster here: {', '.join(kernels.faster)} (--set kernel={kernels.faster[0]})"
-    return [*text, f"auto uses {kernels.auto}; {faster}"]
+    return [*text, f"auto uses {kernels.auto}{f' ({kernels.why})' if kernels.why else ''}; {faster}"]
 
 
 def _row(check: Check, kernels: "Checks") -> Sequence[str]:

@@ -14,7 +14,8 @@ from .merge import Partial, merge, nothing
 
 KERNELS: dict[str, ModuleType] = {kernel.name: kernel for kernel in (reference, sdpa, fa3, fa4, xformers, split)}
 CHOICES = ("auto", *KERNELS)
-_PREFERRED = (fa3, sdpa, fa4, xformers)  # exact ones; "auto" takes the first, or what was measured to be faster
+EXACT = (fa3, sdpa, fa4, xformers)
+"""What "auto" chooses from: the first that is usable, or what was measured to be faster."""
 
 
 def resolve(
@@ -27,12 +28,12 @@ def resolve(
 def pick(
     wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, size: choose.Size | None = None
 ) -> choose.Choice:
-    """As `resolve`, with the reason. Without the `size` of the call nothing is measured for "auto"."""
+    """As `resolve`, with the reason. Nothing is measured for "auto" without the `size` of the call, nor on a CPU."""
     if wanted == "auto":
-        usable = candidates(device, dtype, head_dim)
-        if size is None or len(usable) < 2:
-            return choose.Choice(usable[0].name, "")
-        return choose.fastest(usable, device, size)
+        usable = (kernel for kernel in EXACT if kernel.unusable(device, dtype, head_dim) is None)
+        if size is None or device.type != "cuda":
+            return choose.Choice(next(usable, reference).name, "")
+        return choose.fastest(list(usable) or [reference], device, size)
     kernel = KERNELS[suggest.choose(wanted, CHOICES, "kernel")]
     reason = kernel.unusable(device, dtype, head_dim)
     if reason:
@@ -40,9 +41,4 @@ def pick(
     return choose.Choice(wanted, "")
 
 
-def candidates(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[ModuleType]:
-    """What "auto" chooses from: usable exact kernels, the preferred one first; the definition where there is none."""
-    return [kernel for kernel in _PREFERRED if kernel.unusable(device, dtype, head_dim) is None] or [reference]
-
-
-__all__ = ["CHOICES", "KERNELS", "Partial", "candidates", "merge", "nothing", "pick", "resolve"]
+__all__ = ["CHOICES", "EXACT", "KERNELS", "Partial", "merge", "nothing", "pick", "resolve"]

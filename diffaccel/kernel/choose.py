@@ -133,9 +133,9 @@ class Table:
 
 
 def fastest(candidates: Sequence[ModuleType], device: torch.device, size: Size) -> Choice:
-    """The fastest of `candidates`, all usable on `device`; the first of them where nothing can be measured."""
+    """The fastest of `candidates`, all usable on that GPU; the first of them where nothing can be measured."""
     first = candidates[0].name
-    if device.type != "cuda" or len(candidates) == 1:
+    if len(candidates) == 1:
         return Choice(first, "")
     if torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling():
         return Choice(first, f"{first}: not measured at {size}, first met in a captured or compiled forward")
