@@ -35,7 +35,7 @@ from .checks import (
     say,
 )
 from .demo import demo
-from .demo import demo
+from .evaluate import app as evaluation
 from .job import Job, finish
 from .show import counts_steps, print_report, progress_bar, readable
 
@@ -50,6 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(evaluation)
 
 _COMPILE = "the transformer's blocks: on, off, or auto, where it pays on a GPU"
 _MODEL = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '.join(BUNDLED_MODELS)}"
@@ -540,9 +542,6 @@ def doctor(
         typer.echo(content)
         if not found.healthy:
             raise typer.Exit(1)
-
-
-app.command()(demo)
 
 
 app.command()(demo)

@@ -21,6 +21,7 @@ class ClipScore:
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
+        self.name = str(model)
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         try:
@@ -30,6 +31,9 @@ class ClipScore:
         except (OSError, ValueError, ImportError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MetricError(f"'{model}' cannot be opened as a CLIP: {first}") from error
+
+    def __str__(self) -> str:
+        return f"CLIPScore by {self.name}"
 
     @torch.no_grad()
     def __call__(self, clip: Clip, prompt: str) -> float:

@@ -39,8 +39,9 @@ class Lpips(nn.Module):
         )  # fmt: skip
         file = cached() if weights is None else Path(weights)
         if not file.is_file():
+            where = "in torch's cache" if weights is None else f"at '{file}'"
             raise MetricError(
-                f"the weights of AlexNet, which LPIPS sees through, are not at '{file}'; name a file with "
+                f"the weights of AlexNet, which LPIPS sees through, are not {where}; name a file with "
                 "--lpips-weights, or --lpips-weights download (233 MB)"
             )
         try:

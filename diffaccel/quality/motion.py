@@ -31,11 +31,11 @@ def motion(clip: Clip) -> Motion:
     gray = [
         np.rint(cv2.cvtColor(frame.astype(np.float32), cv2.COLOR_RGB2GRAY) * 255).astype(np.uint8) for frame in frames
     ]
-    estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flows, visible = [], []
     for now, following in pairwise(gray):
-        there = np.asarray(estimator.calc(now, following, None), dtype=np.float32)
-        back = _sample(np.asarray(estimator.calc(following, now, None), dtype=np.float32), there)
+        there, back = (_estimate(estimator, *pair) for pair in ((now, following), (following, now)))
+        back = _sample(back, there)
         gap = np.square(there + back).sum(-1)
         size = np.square(there).sum(-1) + np.square(back).sum(-1)
         flows.append(there)
@@ -63,18 +63,22 @@ def warp_error(clip: Clip, along: Motion | None = None) -> float:
     return total / count if count else float("nan")
 
 
-def _positions(flow: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Where each pixel goes, (H, W, 2)."""
+def _estimate(estimator: cv2.DISOpticalFlow, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.asarray(estimator.calc(a, b, np.zeros((*a.shape, 2), np.float32)), dtype=np.float32)
+
+
+def _positions(flow: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Where each pixel goes, x and y, (H, W) each."""
     rows, columns = np.mgrid[0 : flow.shape[0], 0 : flow.shape[1]].astype(np.float32)
-    return flow + np.stack([columns, rows], -1)
+    return columns + flow[..., 0], rows + flow[..., 1]
 
 
 def _sample(image: NDArray[np.float32], flow: NDArray[np.float32]) -> NDArray[np.float32]:
-    found = cv2.remap(image, _positions(flow), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    found = cv2.remap(image, *_positions(flow), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(found, dtype=np.float32)
 
 
 def _inside(flow: NDArray[np.float32]) -> NDArray[np.bool_]:
     height, width = flow.shape[:2]
-    x, y = np.moveaxis(_positions(flow), -1, 0)
+    x, y = _positions(flow)
     return np.asarray((x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1))
