@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernel import EXACT, KERNELS, Partial, choose, pick, reference
+from ..kernel import EXACT, KERNELS, Partial, choose, pick, reference, sage
 from ..kernel.block_sparse import BlockLists, written_out
 from ..kernel.merge import HAS_TRITON
 from .shape import Shape
@@ -175,6 +175,11 @@ def _check_kernels(shape: Shape, device: torch.device, dtype: torch.dtype, secon
             reason = kernel.unusable(device, dtype, shape.head_dim)
             if reason is not None:
                 found[name] = Check(name, "unusable", reason)
+                continue
+            if kernel is sage:
+                found[name] = Check(
+                    name, "unusable", "it is not exact; it is compared on the tensors that it is used on"
+                )
                 continue
             took = _probe(partial(kernel.partial, q[:, :SAMPLE], k, v, scale=scale), device)
         except Exception as error:  # of somebody else's kernel, which may raise anything

@@ -36,7 +36,7 @@ EXTRAS = {
 
 PACKAGES = (
     *("triton", "diffusers", "transformers", "accelerate", "numpy", "opencv-python-headless", "imageio"),
-    *("imageio-ffmpeg", "faiss-cpu", "faiss-gpu-cu12", "xformers", "fa3-fwd", "flash-attn-4"),
+    *("imageio-ffmpeg", "faiss-cpu", "faiss-gpu-cu12", "xformers", "fa3-fwd", "flash-attn-4", "sageattention"),
 )
 """Distributions beside torch whose versions matter."""
 

@@ -9,10 +9,10 @@ import torch
 
 from .. import suggest
 from ..errors import KernelError
-from . import choose, fa3, fa4, reference, sdpa, split, xformers
+from . import choose, fa3, fa4, reference, sage, sdpa, split, xformers
 from .merge import Partial, merge, nothing
 
-KERNELS: dict[str, ModuleType] = {kernel.name: kernel for kernel in (reference, sdpa, fa3, fa4, xformers, split)}
+KERNELS: dict[str, ModuleType] = {kernel.name: kernel for kernel in (reference, sdpa, fa3, fa4, xformers, sage, split)}
 CHOICES = ("auto", *KERNELS)
 EXACT = (fa3, sdpa, fa4, xformers)
 """What "auto" chooses from: the first that is usable, or what was measured to be faster."""
