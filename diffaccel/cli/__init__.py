@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL
+from ..ranks import ranks, speaks
 from ..settings import build_accel, describe_accel, describe_slots, describe_technique
 from ..suggest import choose
 from .checks import (
@@ -37,6 +38,7 @@ from .checks import (
 from .demo import demo
 from .evaluate import app as evaluation
 from .job import Job, finish
+from .reporting import report as write_report
 from .show import counts_steps, print_report, progress_bar, readable
 
 if TYPE_CHECKING:
@@ -158,14 +160,16 @@ def generate(
         job = Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
         if profile is not None:
             job = dataclasses.replace(job, profile=(profile, profile_blocks))
-        typer.echo(f"preset {preset or default_preset(pipe)}: {describe_accel(accel)}")
+        require(ranks().count == 1 or not comparing, "--compare is for one process; diffaccel eval quality is for more")
+        if speaks():
+            typer.echo(f"preset {preset or default_preset(pipe)}: {describe_accel(accel)}")
         results = [job.compare(texts[0], out)] if comparing else job.generate(texts, out)
-        if report is not None:
+        if report is not None and speaks():
             from ..report import write_json
 
             content = results[0].report if len(results) == 1 else {"runs": [result.report for result in results]}
             write_json(report, content)
-        if plots is not None:
+        if plots is not None and speaks():
             plots.mkdir(exist_ok=True)
             for number, result in enumerate(results):
                 name = "cache.png" if len(results) == 1 else f"cache-{number + 1}.png"
@@ -545,6 +549,7 @@ def doctor(
 
 
 app.command()(demo)
+app.command("report")(write_report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from ..ranks import ranks, speaks
 from ..settings import UsageError
 from ..suggest import choose
 
@@ -36,6 +37,9 @@ def one_sentence() -> Iterator[None]:
 
 
 def say(sentence: str) -> None:
+    """One sentence on stderr; of several processes the first alone gives notes and warnings."""
+    if not speaks() and sentence.startswith(("note:", "warning:")):
+        return
     typer.echo("diffaccel: " + " ".join(sentence.split()), err=True)
 
 
@@ -109,7 +113,10 @@ def read_first_frame(path: Path) -> Any:
 def open_pipeline(
     model: str | None, pipeline: str | None, dtype: str | None, device: str | None, offload: str
 ) -> tuple[Any, Any]:
-    """The pipeline and the checkpoint's defaults, without the loaders' own progress bars."""
+    """The pipeline and the checkpoint's defaults, without the loaders' own progress bars.
+
+    Processes that were launched together take a device each.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -122,7 +129,7 @@ def open_pipeline(
         model,
         pipeline=typing.cast(Any, pipeline),
         dtype=dtype,
-        device=device,
+        device=device or ranks().device,
         offload=typing.cast(Any, offload),
     )
     return pipe, defaults(pipe, model)

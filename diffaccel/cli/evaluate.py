@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,8 +29,8 @@ from .show import counts_steps, progress_bar, readable
 if TYPE_CHECKING:
     from ..eval.arms import Arm, Setup
     from ..eval.measure import Measures
-    from ..eval.ranks import Ranks
     from ..eval.runs import Progress
+    from ..ranks import Ranks
 
 app = typer.Typer(
     name="eval",
@@ -114,7 +114,7 @@ def quality(
         _compile(compiling, setup, len(setup.prompts) * len(setup.seeds) * (3 + 2 * len(arms)))
         from ..eval.runs import run_quality
 
-        with _working(setup, out, "quality", ranks) as (setup, progress):
+        with _working(setup, "quality") as (setup, progress):
             rows = run_quality(setup, measures, restart=restart, progress=progress, ranks=ranks)
         if ranks.main:
             summary = _show_quality(out, rows)
@@ -166,7 +166,7 @@ def throughput(
         measures = _measures(setup, lpips_weights, clip, judge)
         _compile(compiling, setup, len(asked) * rounds * (1 + len(arms)))
         if ranks.main:
-            with _working(setup, out, "throughput", ranks) as (setup, progress):
+            with _working(setup, "throughput") as (setup, progress):
                 rows = run_throughput(
                     setup, asked, rounds, measures=measures, timing=timing, restart=restart, progress=progress
                 )
@@ -229,7 +229,7 @@ def frontier(
         setup, ranks = _open(out, arms, given, _seeds(seeds), call, model, pipeline, dtype, device, offload, fps)
         measures = _measures(setup, lpips_weights, clip, judge)
         _compile(compiling, setup, len(given) * len(setup.seeds) * (3 + 2 * len(arms)) + rounds * len(arms))
-        with _working(setup, out, "frontier", ranks) as (setup, progress):
+        with _working(setup, "frontier") as (setup, progress):
             points = run_frontier(setup, measures, rounds=rounds, restart=restart, progress=progress, ranks=ranks)
         if ranks.main:
             _show_quality(out)
@@ -322,15 +322,14 @@ def _open(
     require(0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
     check_parent(out)
     from ..eval.arms import Setup
-    from ..eval.ranks import ranks
+    from ..ranks import ranks
 
-    who = ranks()
-    pipe, given = open_pipeline(model, pipeline, dtype, device or who.device, offload)
+    pipe, given = open_pipeline(model, pipeline, dtype, device, offload)
     arguments = call.arguments(given)
     for number, arm in enumerate(arms.values()):
         check_arguments(pipe, arm.accel, arguments, prompts if number == 0 else prompts[:1])
     command = shlex.join(["diffaccel", *sys.argv[1:]])
-    return Setup(pipe, arms, out, prompts, seeds, arguments, model or BUNDLED_MODELS[0], command, fps), who
+    return Setup(pipe, arms, out, prompts, seeds, arguments, model or BUNDLED_MODELS[0], command, fps), ranks()
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
@@ -420,26 +419,26 @@ def _compile(mode: str, setup: "Setup", videos: int) -> None:
 
 
 @contextmanager
-def _working(setup: "Setup", out: Path, name: str, ranks: "Ranks") -> "Iterator[tuple[Setup, Progress]]":
+def _working(setup: "Setup", name: str) -> "Iterator[tuple[Setup, Progress]]":
     """The setup with a progress bar, and what tells it where the run is; Ctrl-C says what is kept."""
     from ..eval.runs import Progress
     from ..eval.store import Store
 
     try:
-        with progress_bar(name, quiet=not ranks.main) as show:
+        with progress_bar(name) as show:
 
             def on_arm(label: str, done: int, total: int) -> None:
                 show(None, None, None, f"{done + 1 if total else 0} of {total} {label}")
 
-            note: Callable[[str], None] = (
-                (lambda sentence: say(f"note: {sentence}")) if ranks.main else (lambda _: None)
-            )
+            def note(sentence: str) -> None:
+                say(f"note: {sentence}")
+
             arguments = {**setup.arguments, "callback_on_step_end": counts_steps(show)}
             yield dataclasses.replace(setup, arguments=arguments), Progress(on_arm, note)
     except KeyboardInterrupt:
-        kept = {kind: len(Store(out).rows(kind)) for kind in ("quality", "throughput")}
+        kept = {kind: len(Store(setup.out).rows(kind)) for kind in ("quality", "throughput")}
         held = " and ".join(f"{count} rows of {kind}" for kind, count in kept.items() if count) or "nothing"
-        fail(f"interrupted; '{out}' keeps {held}, and the same command goes on from there", 130)
+        fail(f"interrupted; '{setup.out}' keeps {held}, and the same command goes on from there", 130)
 
 
 def _print_table(lines: Sequence[Sequence[str]]) -> None:

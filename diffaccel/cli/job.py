@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..ranks import ranks, speaks
 from .checks import fail, say
 from .show import Shower, counts_steps, out_console, print_report, progress_bar
 
@@ -40,17 +41,17 @@ class Job:
     profile: tuple[Path, int] | None = None  # the file of a trace, and how many blocks it is of
 
     def generate(self, prompts: Sequence[str], out: Path) -> list[Result]:
-        """A video a prompt; stops after the first that is interrupted."""
+        """A video a prompt; stops after the first that is interrupted. Processes launched together share them."""
         files = [out]
         if self.many:
             out.mkdir(exist_ok=True)
             files = [out / f"{name}.mp4" for name in slugs(prompts)]
-        results = []
-        for number, (prompt, file) in enumerate(zip(prompts, files, strict=True)):
+        results, who = [], ranks()
+        for number, prompt, file in who.share(list(zip(range(len(files)), prompts, files, strict=True))):
             results.append(self._one(prompt, file, traces=number == 0))
             if results[-1].interrupted:
                 break
-        return results
+        return who.gather(results)
 
     def _one(self, prompt: str, file: Path, traces: bool) -> Result:
         from ..errors import NotEngagedError
@@ -157,7 +158,7 @@ def slugs(prompts: Sequence[str]) -> list[str]:
 
 def finish(results: Sequence[Result], *, asked: bool) -> None:
     """Say what went wrong and exit with its code; what the default preset could not use here was nobody's mistake."""
-    for result in results:
+    for result in results if speaks() else ():
         if result.idle:
             say(result.idle if asked else "note: of the default preset, " + result.idle.removeprefix("asked for and "))
         if result.interrupted:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..ranks import speaks
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,11 +53,8 @@ def _keeps_interrupt() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def progress_bar(prompt: str, *, quiet: bool = False) -> Iterator[Shower]:
-    """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, run, label)`.
-
-    `quiet`: no bar, but Ctrl-C is kept as with one.
-    """
+def progress_bar(prompt: str) -> Iterator[Shower]:
+    """A bar on a terminal's stderr: steps done, frames a second and memory. `show(done, total, run, label)`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -67,7 +66,7 @@ def progress_bar(prompt: str, *, quiet: bool = False) -> Iterator[Shower]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+    bar = Progress(*columns, console=console, disable=not (console.is_terminal and speaks()), transient=True)
     with _keeps_interrupt() as check, bar as progress:
         task = progress.add_task(prompt[:40].replace("[", "("), total=None, speed="")
 

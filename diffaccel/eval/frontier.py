@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..ranks import Ranks
 from ..settings import UsageError, build_accel
 from .arms import Arm, Setup
 from .measure import Measures
-from .ranks import Ranks
 from .runs import Progress, run_quality
 from .speed import PARTS, run_throughput, summarize_speed
 from .store import Store

@@ -10,10 +10,10 @@ import torch
 
 from ..accel import Accel
 from ..compare import ARMS, Made, chunk_starts, decode, run_arm, run_briefly
+from ..ranks import Ranks
 from ..video import to_uint8, write_video
 from .arms import Arm, Setup, cache_bytes, file_name, peak_bytes
 from .measure import Measures, Reference
-from .ranks import Ranks
 from .store import Store, ignore
 
 DEFAULT_PROMPT = "a large red circle moves left over a teal checkerboard"

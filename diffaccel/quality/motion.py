@@ -64,7 +64,7 @@ def warp_error(clip: Clip, along: Motion | None = None) -> float:
 
 
 def _estimate(estimator: cv2.DISOpticalFlow, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.asarray(estimator.calc(a, b, np.zeros((*a.shape, 2), np.float32)), dtype=np.float32)
+    return np.asarray(estimator.calc(a, b, None), dtype=np.float32)  # type: ignore[call-overload]
 
 
 def _positions(flow: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -1,9 +1,11 @@
 """Several processes of `accelerate launch`, or the one there is."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +21,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
+        """Whether this is the process that speaks for all, and writes what belongs to all."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -41,21 +44,27 @@ class Ranks:
         return [part[index] for index in range(longest) for part in parts if index < len(part)]
 
 
+def speaks() -> bool:
+    """Whether this process says what all of them would: `Ranks.main`, known before any has met the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def ranks() -> Ranks:
     """Who this process is among those that were launched together."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Ranks()
     state = _state()
-    device = None if state.device.type == "cpu" and not state._cpu and not _asks_cpu() else str(state.device)
-    return Ranks(state.process_index, state.num_processes, device)
+    return Ranks(state.process_index, state.num_processes, str(state.device))
 
 
+@cache
 def _state() -> Any:
+    import torch
     from accelerate import PartialState
 
-    # whoever is done first waits for the others, which may take hours: no timeout of the process group
-    return PartialState(timeout=timedelta(days=30))
-
-
-def _asks_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # left to itself, accelerate counts processes on a CPU as one each; and whoever is done first waits for the others,
+    # which may take hours, so the process group has no timeout to speak of
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=30))
+    atexit.register(state.destroy_process_group)
+    return state
