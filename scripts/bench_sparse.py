@@ -57,7 +57,7 @@ FIRST = 4  # blocks of past before it chooses
 
 
 class Bench(Says):
-    def __init__(self, sizes: dict, device: str, out: Path, rounds: int) -> None:
+    def __init__(self, sizes: dict, device: str, out: Path, rounds: int, file: str = "sparse.jsonl") -> None:
         self.sizes, self.device, self.rounds = sizes, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.heads, self.dim = sizes["heads"], sizes["dim"]
@@ -66,7 +66,7 @@ class Bench(Says):
         self.fa4 = fa4.unusable(self.device, self.dtype, self.dim) is None
         self.began = time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
-        self.log = (out / "sparse.jsonl").open("w")
+        self.log = (out / file).open("w")
         torch.manual_seed(0)
 
     def tensors(self, queries: int, keys: int, batch: int = 1) -> list[Tensor]:
@@ -342,7 +342,7 @@ def candidates(key_block: int) -> list:
 
 
 class Flex:
-    """PyTorch's flex_attention over the same lists: its own kernel with blocks of 128 x 128, all of them full."""
+    """PyTorch's flex_attention: dense, or over the same lists, as blocks of a mask that are all full."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -351,27 +351,37 @@ class Flex:
         self.scale, self.error = scale, ""
         self.attend = torch.compile(flex_attention, dynamic=False)
 
-    def arm(self, blocks: BlockLists) -> Arm | None:
-        """None, and `error` set, where it does not compile."""
-        from torch.nn.attention.flex_attention import BlockMask
-
+    def arm(self, blocks: BlockLists | None) -> Arm | None:
+        """None, and `error` set, where it does not compile or is wrong; dense without `blocks`."""
+        q, k, v = (x.transpose(1, 2) for x in self.inputs)
         try:
-            queries, keys = (x.shape[2] for x in self.inputs[:2])
-            listed = blocks.listed(-(-keys // 128))
-            ids = listed.int().argsort(dim=-1, descending=True, stable=True).int()
-            mask = BlockMask.from_kv_blocks(
-                torch.zeros_like(blocks.counts), torch.zeros_like(ids), blocks.counts, ids, 128,
-                seq_lengths=(queries, keys),
-            )  # fmt: skip
-            arm = lambda: self.attend(*self.inputs, block_mask=mask, scale=self.scale)  # noqa: E731
-            expected = block_sparse(*(x.transpose(1, 2) for x in self.inputs), blocks, scale=self.scale).out
-            error = float((arm().transpose(1, 2) - expected).abs().max())
+            if blocks is None:
+                arm = lambda: self.attend(*self.inputs, scale=self.scale)  # noqa: E731
+                few = slice(0, 64)
+                expected = KERNELS["sdpa"].partial(q[:, few], k, v, scale=self.scale).out
+                error = float((arm().transpose(1, 2)[:, few] - expected).abs().max())
+            else:
+                mask, options = self._mask(blocks), {"BLOCK_N": min(blocks.key_block, 128)}
+                arm = lambda: self.attend(*self.inputs, block_mask=mask, scale=self.scale, kernel_options=options)  # noqa: E731
+                expected = block_sparse(q, k, v, blocks, scale=self.scale).out
+                error = float((arm().transpose(1, 2) - expected).abs().max())
             if not error <= 0.05:
                 raise RuntimeError(f"its result is off by {error:.3g}")
             return arm
         except Exception as error:
             self.error = repr(error)[:200]
             return None
+
+    def _mask(self, blocks: BlockLists) -> object:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        queries, keys = (x.shape[2] for x in self.inputs[:2])
+        listed = blocks.listed(-(-keys // blocks.key_block))
+        ids = listed.int().argsort(dim=-1, descending=True, stable=True).int()
+        return BlockMask.from_kv_blocks(
+            torch.zeros_like(blocks.counts), torch.zeros_like(ids), blocks.counts, ids,
+            (blocks.query_block, blocks.key_block), seq_lengths=(queries, keys),
+        )  # fmt: skip
 
 
 def main() -> None:
