@@ -53,8 +53,14 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
         reuse.extrapolate or type(reuse).cross is not ReusePolicy.cross or type(reuse).saw is not ReusePolicy.saw
     ):
         return None
+    read = run.prepare_prompt(text)
     found: list[Hashable] = []
     for layer in range(extent.layers):
+        kept = run._projected.get((where.branch, layer))
+        if kept is not None:
+            if not kept.holds(run._prompt, kept.weights):
+                return None
+            found.append(kept.k.data_ptr())
         site = replace(where, layer=layer, part="self", grid=grid)
         memory, history = run.memory(site), run._histories[site.branch, layer]
         place, answer = memory.exact.place_of(grid.tokens), run.reuse_answer(site, memory)
@@ -70,7 +76,6 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
             found.append((place, past))
         else:
             return None
-    read = run.prepare_prompt(text)
     return where.branch, grid, read.data_ptr(), read.shape, run.prompt_multiplicity, tuple(found)
 
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 MOST_BLOCKS = 4096
 """Lines of `Report.blocks`."""
 
+WORTH_KEEPING = 16
+"""Tokens of a forward over those of its prompt, up to which projections of the prompt are kept."""
+
 _Section = str | tuple[int, Part]  # of time: a part of a generation, or the attention of one layer
 _NOWHERE = Site(0, "self", 0, 1, 0, 0, "denoise", "main", Grid(1, 1, 1))
 
@@ -75,6 +78,10 @@ class Run:
         self._lasting: defaultdict[tuple[str, int], Lasting] = defaultdict(Lasting)
         self._histories: defaultdict[tuple[str, int], History] = defaultdict(History)
         self._scratch: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+        self._prompt: int | None = None  # number of the prompt that this forward sees, if it can be told from others
+        self._prompts: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+        self._prompt_count = 0
+        self._projected: dict[tuple[str, int], Projected] = {}
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, Size], Choice] = {}
         self._paths: defaultdict[str, set[str]] = defaultdict(set)  # what read other things than all keys of a tensor
@@ -233,7 +240,7 @@ class Run:
     def prepare_prompt(self, text_BND: Tensor) -> Tensor:
         """The prompt embeddings this forward should see; works once for each tensor and branch, not once a step."""
         policy, branch = self.accel.prompt, self._where.branch
-        self.prompt_multiplicity = None
+        self.prompt_multiplicity, self._prompt = None, self._number(text_BND, branch)
         if policy is None:
             return text_BND
         known = self._texts.get(branch)
@@ -243,6 +250,41 @@ class Run:
         self.prompt_multiplicity = known[3]
         self.fired("prompt", policy.engaged_by_preparing and known[3] is not None)
         return known[2]
+
+    def _number(self, text: Tensor, branch: str) -> int | None:
+        """The same for forwards of a branch that see this tensor as it is; None where a change could not be told."""
+        if text.is_inference():
+            return None
+        known = self._prompts.get(branch)
+        if known is None or known[0]() is not text or known[1] != text._version:
+            self._prompt_count += 1
+            known = self._prompts[branch] = (weakref.ref(text), text._version, self._prompt_count)
+        return known[2]
+
+    def projected(
+        self, layer: int, text: Tensor, weights: Sequence[Tensor], project: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt, kept from forward to forward where projecting them anew counts.
+
+        That is for short videos and blocks: beside many tokens the memory is worth more than the time. A prompt or a
+        weight that is written over is seen, but not what is written to a weight's `.data` while a generation runs.
+        """
+        worth = self._where.grid.tokens <= WORTH_KEEPING * text.shape[1]
+        if self._prompt is None or not worth or any(weight.is_inference() for weight in weights):
+            return project()
+        key = (self._where.branch, layer)
+        known = self._projected.get(key)
+        if known is None or not known.holds(self._prompt, weights):
+            known = self._projected[key] = Projected(
+                self._prompt, tuple(weights), tuple(weight._version for weight in weights), *project()
+            )
+        return known.k, known.v
+
+    def place_for(self, k: Tensor, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Where keys like these and their values will stay, if a cache keeps them token for token."""
+        if not self.causal or site.part != "self" or site.text is not None:
+            return None
+        return self.memory(site).exact.room(k)
 
     def site(self, layer: int, part: Part) -> Site:
         """The site of one attention call of the forward that runs now."""
@@ -448,6 +490,8 @@ class Run:
             self._idle = {slot: self._policies[slot].why_idle(self) for slot in idle}
         self.flush()
         self._texts.clear()
+        self._prompts.clear()
+        self._projected.clear()
 
     def check_engaged(self) -> None:
         """Raise `NotEngagedError` naming every technique that was asked for and never fired in a forward."""
@@ -492,8 +536,9 @@ class Run:
     def _describe_kernel(self) -> str:
         dense = ", ".join(sorted({found.kernel for found in self._kernels.values()})) or self.accel.kernel
         why = sorted({found.why for found in self._kernels.values() if found.why})
-        paths = (f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))
-        found = "; ".join([dense, *why, *paths])
+        found = "; ".join(
+            [dense, *why, *(f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))]
+        )
         return found + (f"; {self.replayed} forwards replayed" if self.replayed else "")
 
     def _describe_cache(self) -> dict[str, Any]:
@@ -545,6 +590,22 @@ class Run:
     def _tick(self) -> None:
         if self._began is not None:
             self._elapsed = time.perf_counter() - self._began
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Keys and values of a prompt in one layer, and what they were made of."""
+
+    prompt: int
+    weights: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    k: Tensor
+    v: Tensor
+
+    def holds(self, prompt: int | None, weights: Sequence[Tensor]) -> bool:
+        """Whether that prompt under those weights, as they are now, would give the same."""
+        same = all(one is other for one, other in zip(self.weights, weights, strict=True))
+        return same and self.prompt == prompt and self.versions == tuple(weight._version for weight in weights)
 
 
 @dataclass
@@ -605,8 +666,8 @@ class Call:
 
     def _over(self, kernel: ModuleType, q: Tensor, entries: Entries, scale: float, plan: Plan | None) -> Partial:
         asked = self.run.accel.kernel != "auto"
-        if plan is None and not asked and in_one(q, entries):
-            self.run._paths["merged entries"].add("triton")
+        if plan is None and not asked and in_one(q, entries, scale):
+            self.run._paths["merged entries"].add("fa3 in one launch")
         return over_entries(kernel, q, entries, scale, plan, asked)
 
     def _count(self, q: Tensor, keys: Any) -> None:

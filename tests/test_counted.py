@@ -6,100 +6,87 @@ from oracle import assert_within, attention64
 
 from diffaccel.cache.entries import Entries, Room
 from diffaccel.kernel import KERNELS
-from diffaccel.kernel.merge import HAS_TRITON
-from diffaccel.kernel.weighted import over_entries
+from diffaccel.kernel.weighted import CHANNELS, can_in_place, channels_of, in_place, over_entries, spare
 
-if HAS_TRITON:
-    from diffaccel.kernel import fused_counted
-    from diffaccel.kernel.fused_block_sparse import Config
-
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-SCALE = 0.3
-SHAPES = {  # queries, entries, places, heads, channels, rows
-    "one of each": (1, 1, 1, 1, 64, 1),
-    "a tile exactly": (32, 32, 32, 2, 64, 1),
-    "odd": (37, 83, 101, 3, 48, 2),
-    "a full buffer": (33, 70, 70, 2, 128, 1),
-    "wide": (17, 19, 40, 1, 256, 1),
-    "none": (5, 0, 24, 2, 64, 1),
-}
+COUNTS = torch.tensor([1, 2, 3, 7, 240, 65_536])
 
 
-def room(n, places, heads, dim, rows, device, dtype):
-    """Entries as a cache holds them, one row after another and heads side by side; what lies behind is as large."""
-    k, v = (torch.randn(rows, places, heads * dim, device=device, dtype=dtype).unflatten(2, (heads, dim)) for _ in "kv")
-    counts = torch.arange(1, places + 1, device=device).div(5, rounding_mode="floor") + 1
-    log_weight = torch.where(torch.arange(places, device=device) < n, counts.float().log(), -torch.inf)
-    return Room(k, v, log_weight, torch.tensor([n], device=device))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_channels_add_up_to_the_logarithm_as_exactly_as_fp32(dtype):
+    found = channels_of(COUNTS, 128**-0.5, dtype)
+    assert found.shape == (len(COUNTS), CHANNELS)
+    assert found.dtype == dtype
+    exact = COUNTS.double().log() * 128**0.5
+    assert ((found.double().sum(1) - exact).abs() <= 2 * torch.finfo(torch.float32).eps * exact).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_attention_with_every_entry_as_often_as_it_counts(shape, tma, dtype):
-    """By Triton's interpreter where there is no GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("gpu: Triton's interpreter reads bfloat16 as integers")
-    queries, n, places, heads, dim, rows = SHAPES[shape]
-    q = torch.randn(rows, heads, queries, dim, device=device, dtype=dtype).transpose(1, 2)  # heads outside of tokens
-    held = room(n, places, heads, dim, rows, device, dtype)
-    found = fused_counted.attend(q, held, SCALE, Config(16, 32, 4, 2, tma=tma))
-    out, lse = attention64(q, held.k[:, :n], held.v[:, :n], scale=SCALE, log_weight=held.log_weight[:n])
-    assert_within(found[0], out, dtype, inputs=float(held.v.abs().max()))
-    assert_within(found[1], lse, torch.float32)
+def test_where_there_is_no_such_kernel_a_buffer_has_nothing_to_spare():
+    assert not can_in_place(torch.device("cpu"), torch.bfloat16, 128)
+    assert spare(128) == (CHANNELS, 0)
+    assert spare(64) == (CHANNELS, CHANNELS)
+    assert spare(256) is None
 
 
-def test_what_lies_behind_the_last_entry_is_not_read():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    held = room(20, 50, 2, 64, 1, device, torch.float16)
-    q = torch.randn(1, 9, 2, 64, device=device, dtype=torch.float16)
-    before = fused_counted.attend(q, held, SCALE)
-    held.k[:, 20:], held.v[:, 20:] = 1e4, -1e4
-    for one, other in zip(before, fused_counted.attend(q, held, SCALE), strict=True):
-        assert torch.equal(one, other)
+def held(n, places, heads, dim, device):
+    """A buffer of which `n` entries count, 5 of each multiplicity, beginning with 1; and the multiplicities."""
+    more = spare(dim)
+    k, v = (torch.randn(1, places, heads, dim + extra, device=device, dtype=torch.bfloat16) for extra in more)
+    counts = torch.arange(places, device=device) // 5 + 1
+    k[..., dim:] = channels_of(counts, dim**-0.5, k.dtype)[None, :, None]
+    room = Room(k, v, torch.tensor([n], device=device, dtype=torch.int32), dim**-0.5)
+    sizes = tuple((min(5, n - start), start // 5 + 1) for start in range(0, n, 5))
+    return Entries(k[:, :n, :, :dim], v[:, :n, :, :dim], multiplicity=sizes, room=room), counts
+
+
+def close(part, q, room, counts, n):
+    dim = q.shape[-1]
+    exact = attention64(q, room.k[:, :n, :, :dim], room.v[:, :n, :, :dim], log_weight=counts[:n].double().log())
+    assert_within(part.out, exact[0], torch.bfloat16, inputs=float(room.v.abs().max()))
+    assert_within(part.lse, exact[1], torch.float32)
+
+
+def needs_fa3(dim):
+    if not can_in_place(torch.device("cuda"), torch.bfloat16, dim):
+        pytest.skip("FlashAttention-3 does not run here")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", fused_counted.CANDIDATES if HAS_TRITON else [])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_every_configuration_at_the_size_of_a_model(config, dim):
-    q = torch.randn(1, 300, 2, dim, device="cuda", dtype=torch.bfloat16)
-    held = room(2500, 3000, 2, dim, 1, "cuda", torch.bfloat16)
-    found = fused_counted.attend(q, held, dim**-0.5, config)
-    out, lse = attention64(q, held.k[:, :2500], held.v[:, :2500], log_weight=held.log_weight[:2500])
-    assert_within(found[0], out, torch.bfloat16, inputs=float(held.v.abs().max()))
-    assert_within(found[1], lse, torch.float32)
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(("queries", "n", "places"), [(1, 1, 1), (300, 2500, 3000), (37, 130, 130), (5, 0, 64)])
+def test_it_is_attention_with_every_entry_as_often_as_it_counts(queries, n, places, dim):
+    needs_fa3(dim)
+    q = torch.randn(1, 3, queries, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    entries, counts = held(n, places, 3, dim, "cuda")
+    close(in_place(q, entries.room, dim**-0.5), q, entries.room, counts, n)
 
 
 @pytest.mark.gpu
 def test_a_graph_reads_what_there_is_at_its_replay():
-    held = room(20, 3000, 2, 128, 1, "cuda", torch.bfloat16)
+    needs_fa3(128)
     q = torch.randn(1, 300, 2, 128, device="cuda", dtype=torch.bfloat16)
-    fused_counted.attend(q, held, SCALE)
+    entries, counts = held(20, 3000, 2, 128, "cuda")
+    in_place(q, entries.room, 128**-0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = fused_counted.attend(q, held, SCALE)
+        found = in_place(q, entries.room, 128**-0.5)
     for n in (20, 0, 2999, 1):
-        held.used.fill_(n)
-        held.log_weight.copy_(torch.where(torch.arange(3000, device="cuda") < n, 1.0, -torch.inf))
+        entries.room.used.fill_(n)
         graph.replay()
-        out, lse = attention64(q, held.k[:, :n], held.v[:, :n], scale=SCALE, log_weight=held.log_weight[:n])
-        assert_within(found[0], out, torch.bfloat16, inputs=float(held.v.abs().max()))
-        assert_within(found[1], lse, torch.float32)
+        close(found, q, entries.room, counts, n)
 
 
 @pytest.mark.gpu
-def test_a_cache_is_read_so_unless_a_kernel_was_asked_for(monkeypatch):
+def test_it_is_read_so_unless_a_kernel_was_asked_for_or_the_scale_is_another(monkeypatch):
+    needs_fa3(128)
     calls = []
-    monkeypatch.setattr(fused_counted, "attend", lambda q, *rest: calls.append(q) or (q, q[..., 0].float()))
+    monkeypatch.setattr("diffaccel.kernel.weighted.in_place", lambda *given: calls.append(given))
     q = torch.randn(1, 300, 2, 128, device="cuda", dtype=torch.bfloat16)
-    held = room(20, 30, 2, 128, 1, "cuda", torch.bfloat16)
-    entries = Entries(held.k[:, :20], held.v[:, :20], multiplicity=((15, 1), (5, 2)), room=held)
-    alike = Entries(held.k[:, :20], held.v[:, :20], multiplicity=((20, 2),), room=held)
-    sdpa = KERNELS["sdpa"]
-    over_entries(sdpa, q, entries, SCALE, None)
-    over_entries(sdpa, q, alike, SCALE, None, asked=False)
+    entries, _ = held(20, 30, 2, 128, "cuda")
+    alike = Entries(entries.k, entries.v, multiplicity=((20, 2),), room=entries.room)
+    sdpa, scale = KERNELS["sdpa"], 128**-0.5
+    over_entries(sdpa, q, entries, scale, None)
+    over_entries(sdpa, q, alike, scale, None, asked=False)
+    over_entries(sdpa, q, entries, 2 * scale, None, asked=False)
     assert not calls
-    over_entries(sdpa, q, entries, SCALE, None, asked=False)
+    over_entries(sdpa, q, entries, scale, None, asked=False)
     assert len(calls) == 1

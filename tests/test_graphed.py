@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_policies import PROMPTS
 from tiny import tiny_pipeline
+from torch.nn.functional import pad
 
 from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, InwardWindow, PadCollapse, SinkRecent, TempCache
 from diffaccel.cache import merged
 from diffaccel.errors import UnsupportedError
+from diffaccel.kernel import KERNELS, Partial, weighted
 from diffaccel.pipelines import graphed
 
 FLASH = FlashBlock(refresh=(0,), min_past=0)
@@ -47,6 +49,15 @@ def slots(report):
     } | {(row.layer, row.part): replace(row, seconds=None) for row in report.layers}
 
 
+def in_place(q, room, scale):
+    """What FlashAttention-3 does on a GPU."""
+    n = int(room.used)
+    wide = KERNELS["reference"].partial(
+        pad(q, (0, weighted.CHANNELS), value=1.0), room.k[:, :n], room.v[:, :n], scale=scale
+    )
+    return Partial(wide.out[..., : q.shape[-1]], wide.lse)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """On the CPU: a recorded forward is run again, with nothing counted. Gives the objects that were made."""
@@ -71,7 +82,8 @@ def launched(monkeypatch):
             return launch, out
 
     monkeypatch.setattr(graphed, "unfit", lambda model: None)
-    monkeypatch.setattr(merged, "can_in_one", lambda device, dtype, dim: True)
+    monkeypatch.setattr(merged, "can_in_place", lambda device, dtype, dim: True)
+    monkeypatch.setattr(weighted, "in_place", in_place)
     monkeypatch.setattr("diffaccel.pipelines.causal_wan.GraphedForwards", Launched)
     return held
 

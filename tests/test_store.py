@@ -28,8 +28,30 @@ def test_distances_of_pairs(device, dtype, vectors, pairs, width):
     store, x = plain(vectors, width, device, dtype)
     first, second = (torch.randint(vectors, (pairs,), device=device) for _ in range(2))
     exact = (x[first].double() - x[second].double()).square().sum(1)
-    for found in (squared_distances(x, first, second), apart_written_out(store, first, second)):
+    for found in (squared_distances(x, first, second, width), apart_written_out(store, first, second)):
         assert_within(found, exact, torch.float32, inputs=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_spare_channels_belong_to_no_vector(device):
+    from diffaccel.kernel.fused_rows import squared_distances
+
+    heads, dim, spare = 3, 5, 2
+    x = torch.randn(1, 9, heads, dim, device=device)
+    store, usual = Plain(x, 9, spare), Plain(x, 9)
+    for held in (store, usual):
+        held.write(torch.arange(9, device=device), x[0].flatten(1))
+    store.wide[..., dim:] = 1000.0 * torch.arange(9, device=device)[None, :, None, None]
+    where, first, second = torch.tensor([8, 0, 3, 3], device=device), *torch.randint(9, (2, 20), device=device)
+    assert (store.width, store.capacity) == (usual.width, usual.capacity)
+    assert torch.equal(store.read(where), usual.read(where))
+    assert torch.equal(store.opened([store.parts[0][0, :4]], 0), x[:, :4])
+    for found in (store.apart(first, second), squared_distances(store.parts[0][0], first, second, dim, spare)):
+        torch.testing.assert_close(found, usual.apart(first, second))
+    others = joined(1, 8, 5, device)
+    store.pool(others)
+    usual.pool(others)
+    assert torch.equal(store.read(torch.arange(9, device=device)), usual.read(torch.arange(9, device=device)))
 
 
 def joined(rows, capacity, most, device):

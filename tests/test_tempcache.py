@@ -13,7 +13,7 @@ from diffaccel.cache.budget import room_for
 from diffaccel.cache.merged import MergedTokens
 from diffaccel.cache.store import Quantised, row_of, size_of
 from diffaccel.kernel import KERNELS, Partial, merge
-from diffaccel.kernel.weighted import over_entries
+from diffaccel.kernel.weighted import CHANNELS, over_entries
 from diffaccel.rotary import rotate
 
 T, HEADS, DIM = 6, 2, 16  # tokens a frame, heads, channels
@@ -234,33 +234,38 @@ def test_a_budget_is_never_exceeded_and_protects_sink_and_recent(threshold, over
         assert row.multiplicity[0] == (3 * T, 1) or row.multiplicity[0][0] > 3 * T  # the sink is as it was
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_the_room_of_entries_says_what_they_are_and_stays_where_it_is(bits):
-    policy = TempCache(0.9, budget=f"{2 + 2 + 4} frames", bits=bits)
+@pytest.mark.parametrize("knobs", [{}, {"bits": 8}, {"hold": "host"}, {"heads": "per_head"}], ids=str)
+def test_the_room_of_entries_says_what_they_are_and_stays_where_it_is(knobs, monkeypatch):
+    """Keys with their log-multiplicity in channels of their own are attention with multiplicities."""
+    monkeypatch.setattr("diffaccel.cache.merged.can_in_place", lambda device, dtype, dim: True)
+    policy = TempCache(0.9, budget=f"{2 + 2 + 4} frames", **knobs)
     still = [torch.randn(T, HEADS, DIM) for _ in range(2)]
-    frames = [(still[n % 2] if n % 3 else torch.randn(T, HEADS, DIM)) for n in range(24)]
-    addresses, scratch = set(), {}
-    run = fake_run(scratch)
-    memory, block = Memory(policy.expected_tokens(24 * T, Grid(2, 2, 3))), 0
+    addresses, scratch, q = set(), {}, torch.randn(1, 5, HEADS, DIM)
+    memory = Memory(policy.expected_tokens(24 * T, Grid(2, 2, 3)))
     for block in range(12):
-        k = torch.cat(frames[2 * block : 2 * block + 2])[None]
+        frames = [still[n % 2] if n % 3 else torch.randn(T, HEADS, DIM) for n in (2 * block, 2 * block + 1)]
+        k = torch.cat(frames)[None]
         memory.place(k, k + 1, site(block, 2))
         memory.finish_block(k.shape[1])
-        policy.commit([memory], site(block, 2), run)
+        policy.commit([memory], site(block, 2), fake_run(scratch))
         for row in memory.older[0].rows if memory.older else ():
             entries, room = row.entries(), row.entries().room
-            if bits is not None:
+            if policy.bits or policy.hold == "host":
                 assert room is None
                 continue
-            n = int(room.used)
-            assert n == row.count
-            assert torch.equal(room.k[:, :n], entries.k)
-            assert torch.equal(room.v[:, :n], entries.v)
-            counts = torch.tensor([m for size, m in row.multiplicity for _ in range(size)])
-            torch.testing.assert_close(room.log_weight[:n], counts.float().log())
-            assert torch.isneginf(room.log_weight[n:]).all()
-            addresses.add(tuple(x.data_ptr() for x in room))
-    assert len(addresses) == (1 if bits is None else 0)
+            assert int(room.used) == row.count
+            assert room.scale == DIM**-0.5
+            heads = entries.k.shape[2]
+            wide_q = torch.cat([q[:, :, :heads], torch.ones(1, 5, heads, CHANNELS)], dim=-1)
+            wide = KERNELS["reference"].partial(
+                wide_q, room.k[:, : row.count], room.v[:, : row.count, :, :DIM], scale=room.scale
+            )
+            plain = over_entries(KERNELS["reference"], q[:, :, :heads], entries, room.scale, None)
+            assert_within(wide.out, plain.out, F32, inputs=4)
+            assert_within(wide.lse, plain.lse, F32)
+            addresses.add((row.number, *(x.data_ptr() for x in room[:3])))
+    assert any(m > 1 for row in memory.older[0].rows for _, m in row.multiplicity)
+    assert len(addresses) == (0 if policy.bits or policy.hold == "host" else len(memory.older[0].rows))
 
 
 def test_what_is_seen_often_outlives_what_was_seen_once():

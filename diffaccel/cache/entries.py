@@ -22,12 +22,12 @@ class Lasting:
 
 
 class Room(NamedTuple):
-    """A buffer of which the first `used` entries count; what lies behind them is finite."""
+    """A buffer of which the first `used` entries count, keys with their log-multiplicity in channels of its own."""
 
-    k: Tensor  # (B, C, H, D), rotated
-    v: Tensor
-    log_weight: Tensor  # (C,) fp32, natural logarithm of the tokens an entry stands for, -inf behind the last
-    used: Tensor  # (1,) int64, at most C
+    k: Tensor  # (B, C, H, D + CHANNELS): `kernel.weighted.log_channels`
+    v: Tensor  # (B, C, H, as wide as the kernel needs), of which D channels count
+    used: Tensor  # (B,) int32, at most C
+    scale: float  # of the scores for which the channels are
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..kernel.merge import Partial
-from ..kernel.weighted import can_in_one
+from ..kernel.weighted import can_in_place, channels_of, spare
 from .entries import Entries, Lasting, Reader, Room
 from .shuttle import Shuttle, host_like
 from .store import Joined, Plain, Store, longer, make_store, portions, size_of
 
 ANCHOR = 32
-EXTRA_BYTES = 2 * ANCHOR + 16
+EXTRA_BYTES = 2 * ANCHOR + 12
 """Random projections kept of an entry's first key, to tell how far its members have drifted, and what an entry takes
 beside its key and value."""
 
@@ -72,7 +72,10 @@ class MergedTokens:
         self._away, self._parked = False, dict[int, list[Tensor]]()
         device, width = k.device, heads * dim
         capacity += SPARE
-        self.k, self.v = make_store(k, capacity, bits, channels=True), make_store(v, capacity, bits)
+        self.wide = not (bits or shuttle) and can_in_place(device, k.dtype, dim)
+        more = (spare(dim) if self.wide else None) or (0, 0)
+        self.k = make_store(k, capacity, bits, channels=True, spare=more[0])
+        self.v = make_store(v, capacity, bits, spare=more[1])
         self.centre = make_store(k, capacity, bits, channels=True) if representative == "medoid" else None
         self.count = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.frame = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
@@ -81,9 +84,7 @@ class MergedTokens:
         generator = torch.Generator().manual_seed(0)
         self._project = torch.randn(width, ANCHOR, generator=generator).to(device) / width**0.5
         self.used = torch.zeros(rows, dtype=torch.int64, device=device)
-        # of what is settled, where it stays: a launch that was captured reads it there
-        self.log_count = torch.full((rows, capacity), -torch.inf, device=device)
-        self.filled = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.settled = torch.zeros(rows, dtype=torch.int32, device=device)  # `used`, where a captured launch reads it
         self.owner: Tensor | None = None  # (R, T) entry of each token of the newest frame, -1 where it was evicted
         self.bound = 0  # no row holds more than this
         self.absorbed = 0  # tokens taken by each row
@@ -99,7 +100,7 @@ class MergedTokens:
 
     @property
     def bytes(self) -> int:
-        about = sum(size_of(held) for held in (self.count, self.frame, self.cell, self.anchor, self.log_count))
+        about = sum(size_of(held) for held in (self.count, self.frame, self.cell, self.anchor))
         return about + (0 if self._away else self._held)
 
     @property
@@ -377,8 +378,12 @@ class MergedTokens:
             gone = (self.owner < 0) | (self.count.gather(1, owner) == 0)
             self.owner = torch.where(gone, -1, owner)
         self.used = (self.count > 0).sum(1)
-        self.filled.copy_(self.used)
-        torch.log(self.count, out=self.log_count)
+        self.settled.copy_(self.used)
+        if self.wide:
+            assert isinstance(self.k, Plain)
+            *_, dim = self.k.shape
+            channels = channels_of(self.count.clamp(min=1), dim**-0.5, self.k.wide.dtype)
+            self.k.wide[..., dim:] = channels[:, :, None]
 
         most, self.bound = torch.stack([self.count.max().long(), self.used.max()]).tolist()
         sizes = torch.zeros(self.rows, most + 1, dtype=torch.int64, device=order.device)
@@ -401,7 +406,6 @@ class MergedTokens:
             store.parts = [longer(part, more) for part in store.parts]
         about = (self.count, self.frame, self.cell, self.anchor)
         self.count, self.frame, self.cell, self.anchor = (longer(held, more) for held in about)
-        self.log_count = torch.full(self.count.shape, -torch.inf, device=self.count.device)
 
 
 @dataclass(eq=False)
@@ -431,14 +435,13 @@ class Row:
         return Entries(*vectors, self.frames, self.multiplicity, self.notes, self.lasting, room=self.room())
 
     def room(self) -> Room | None:
-        """Where the entries lie, if they lie on the device as attention reads them."""
+        """Where the entries lie, if they lie so that they can be read in one launch."""
         merged, row = self.merged, slice(self.number, self.number + 1)
-        if merged.shuttle is not None or not isinstance(merged.k, Plain) or not isinstance(merged.v, Plain):
+        if not merged.wide:
             return None
-        k, v = (
-            store.opened([part[self.number] for part in store.parts], self.number) for store in (merged.k, merged.v)
-        )
-        return Room(k, v, merged.log_count[self.number], merged.filled[row])
+        assert isinstance(merged.k, Plain)
+        assert isinstance(merged.v, Plain)
+        return Room(merged.k.wide[row], merged.v.wide[row], merged.settled[row], merged.k.shape[-1] ** -0.5)
 
     def _parts(self) -> list[Tensor]:
         """What holds the keys, then what holds the values."""
@@ -479,9 +482,7 @@ class MergedTier:
         room = row.room()
         if others or room is None or len(row.multiplicity) < 2:
             return None
-        if not can_in_one(room.k.device, room.k.dtype, room.k.shape[-1]):
-            return None
-        return tuple(x.data_ptr() for x in room)
+        return room.k.data_ptr(), room.v.data_ptr(), room.used.data_ptr()
 
     def frames(self) -> list[Tensor]:
         return [row.frames for row in self.rows]

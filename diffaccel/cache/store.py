@@ -63,15 +63,26 @@ class Store(Protocol):
 
 
 class Plain:
-    """Vectors in the model's dtype; what is opened is a view."""
+    """Vectors in the model's dtype; what is opened is a view. Each head has `spare` channels behind its own."""
 
-    def __init__(self, like_RTHD: Tensor, capacity: int) -> None:
-        rows, _, *self._shape = like_RTHD.shape
-        self.parts = [like_RTHD.new_zeros(rows, capacity, self._shape[0] * self._shape[1])]
+    def __init__(self, like_RTHD: Tensor, capacity: int, spare: int = 0) -> None:
+        rows, _, *self.shape = like_RTHD.shape  # heads and channels of a vector
+        self.spare = spare
+        self.parts = [like_RTHD.new_zeros(rows, capacity, self.shape[0] * (self.shape[1] + spare))]
 
     @property
     def _data(self) -> Tensor:
         return self.parts[0]
+
+    @property
+    def _vectors(self) -> Tensor:
+        """(R * C, H, D)."""
+        return self.wide[..., : self.shape[1]].flatten(0, 1)
+
+    @property
+    def wide(self) -> Tensor:
+        """With the spare channels, (R, C, H, D + spare)."""
+        return self._data.unflatten(2, (self.shape[0], -1))
 
     @property
     def capacity(self) -> int:
@@ -79,19 +90,19 @@ class Plain:
 
     @property
     def width(self) -> int:
-        return self._data.shape[2]
+        return self.shape[0] * self.shape[1]
 
     def read(self, where: Tensor) -> Tensor:
-        return self._data.flatten(0, 1)[where].float()
+        return self._vectors[where].flatten(1).float()
 
     def write(self, where: Tensor, vectors: Tensor) -> None:
-        self._data.flatten(0, 1)[where] = vectors.to(self._data.dtype)
+        self._vectors[where] = vectors.to(self._data.dtype).unflatten(1, self.shape)
 
     def apart(self, first: Tensor, second: Tensor) -> Tensor:
         if self._data.is_cuda and HAS_TRITON:
             from ..kernel.fused_rows import squared_distances
 
-            return squared_distances(self._data.flatten(0, 1), first, second)
+            return squared_distances(self._data.flatten(0, 1), first, second, self.shape[1], self.spare)
         return apart_written_out(self, first, second)
 
     def pool(self, joined: Joined) -> None:
@@ -103,7 +114,7 @@ class Plain:
             pool_written_out(self, joined)
 
     def opened(self, parts: Sequence[Tensor], row: int) -> Tensor:
-        return parts[0][None].unflatten(2, self._shape)
+        return parts[0][None].unflatten(2, (self.shape[0], -1))[..., : self.shape[1]]
 
 
 class Quantised:
@@ -193,16 +204,16 @@ class Quantised:
         return (ranges[..., :1].float() + numbers * ranges[..., 1:].float()) * size
 
 
-def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: bool = False) -> Store:
-    """A store for vectors like these; `bits=None` keeps them as they are."""
+def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: bool = False, spare: int = 0) -> Store:
+    """A store for vectors like these; `bits=None` keeps them as they are, with `spare` channels a head."""
     if bits is None:
-        return Plain(like_RTHD, capacity)
+        return Plain(like_RTHD, capacity, spare)
     return Quantised(like_RTHD, capacity, bits, channels)
 
 
-def store_bytes(heads: int, dim: int, bits: int | None, itemsize: int) -> int:
+def store_bytes(heads: int, dim: int, bits: int | None, itemsize: int, spare: int = 0) -> int:
     """What one vector takes in a store."""
-    return heads * dim * itemsize if bits is None else heads * (dim * bits // 8 + 4)
+    return heads * (dim + spare) * itemsize if bits is None else heads * (dim * bits // 8 + 4)
 
 
 def row_of(store: Store, row: int, count: int) -> Tensor:

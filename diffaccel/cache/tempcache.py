@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ann import Flat
 from ..grid import Grid
+from ..kernel.weighted import spare
 from ..policy import CachePolicy, knob
 from ..rotary import unrotate
 from ..site import Site
@@ -305,10 +306,16 @@ class TempCache(CachePolicy):
 
     def _bytes_per_entry(self, extent: Extent) -> int:
         """What a merged entry takes in all layers, rows and branches."""
-        vector = store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize)
+        # a GPU may want some channels more; counted everywhere, so that a budget is the same number of entries
+        more = spare(extent.head_dim) if self.hold == "device" and extent.dtype == torch.bfloat16 else None
+        sizes = [
+            store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize, n) for n in more or (0, 0)
+        ]
+        vectors = sum(sizes) + (
+            sizes[-1] if self.representative == "medoid" else 0
+        )  # it keeps the mean beside the medoid
         extra = EXTRA_BYTES * (extent.heads if self.heads == "per_head" else 1)
-        vectors = 3 if self.representative == "medoid" else 2  # it keeps the mean of the keys beside the medoid
-        return extent.vectors * (vectors * vector + extra)
+        return extent.vectors * (vectors + extra)
 
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames

@@ -97,13 +97,22 @@ class ExactTier:
         return 2 * self._k.numel() * self._k.element_size()
 
     def place(self, k: Tensor, v: Tensor, frames: Tensor) -> None:
-        """Write the keys and values (B, S, H, D) of the block at work, over those of its previous step."""
+        """Take the keys and values (B, S, H, D) of the block at work, over those of its previous step.
+
+        They are copied, unless they were written to their `room` already.
+        """
+        end = self._count + k.shape[1]
+        for held, given in zip((*self.room(k), self._frames[self._count : end]), (k, v, frames), strict=True):
+            if held is not given:
+                held.copy_(given)
+        self._placed = end
+
+    def room(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Where keys and values (B, S, H, D) like these go."""
         end = self._count + k.shape[1]
         if self._frames.shape[0] < end:
             self._grow(k, end)
-        for held, given in zip(self._view(self._count, end), (k, v, frames), strict=True):
-            held.copy_(given)
-        self._placed = end
+        return self._view(self._count, end)[:2]
 
     def place_of(self, tokens: int) -> tuple[int, int, int] | None:
         """Where so many more tokens go: the buffers' addresses and the first entry; None if they must grow."""

@@ -1,8 +1,8 @@
 """Which exact dense kernel is fastest for calls of about one size: measured once on a GPU, kept on disk.
 
-Sizes are rounded to powers of two and cut to a bounded amount of work, beyond which no kernel overtakes another: so
-there are few of them, and measuring one takes some 30 ms (and the first time what FA4 takes to compile). Where nothing
-may be measured, while a CUDA graph is captured or torch.compile traces, the order of preference stands.
+Sizes are rounded to quarters of an octave and cut to a bounded amount of work, beyond which no kernel overtakes
+another: so there are few of them, and measuring one takes some 50 ms (and the first time what FA4 takes to compile).
+Where nothing may be measured, while a CUDA graph is captured or torch.compile traces, the order of preference stands.
 """
 
 import json
@@ -29,7 +29,8 @@ MOST_OPERATIONS = 1.2e12
 MARGIN = 1.03
 """How many times as fast as the preferred kernel another has to be."""
 
-_ROUNDS = 3
+_ROUNDS, _CALLS = 3, 4
+_AHEAD = 2_000_000  # cycles that the GPU waits, so that calls are queued by then: what they take the host is not meant
 _PACKAGES = ("fa3-fwd", "flash-attn-4", "xformers")
 _ENVIRONMENTS = 16  # that the file remembers
 
@@ -71,8 +72,13 @@ def _size(dtype: torch.dtype, queries: int, keys: int, lanes: int, head_dim: int
 
 
 def _near(count: int) -> int:
-    """The nearest power of two, by ratio."""
-    return 1 << round(log2(max(count, 1)))
+    """The nearest power of two, by ratio, or a quarter, a half or three quarters on the way to the next one.
+
+    Tiles of queries are dealt out to processors in rounds, so sizes further apart would decide for one another wrongly.
+    """
+    below = 1 << (max(count, 1).bit_length() - 1)
+    steps = [below * quarters // 4 for quarters in range(4, 9) if below * quarters % 4 == 0]
+    return min(steps, key=lambda step: abs(log2(step / max(count, 1))))
 
 
 class Table:
@@ -185,9 +191,11 @@ def milliseconds(kernel: ModuleType, size: Size, device: torch.device) -> float:
         took = []
         for _ in range(1 + _ROUNDS):
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_AHEAD)
             began.record()
             try:
-                kernel.partial(q, k, v, scale=size.head_dim**-0.5)
+                for _ in range(_CALLS):
+                    kernel.partial(q, k, v, scale=size.head_dim**-0.5)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # of somebody else's kernel, which may raise anything
@@ -195,7 +203,7 @@ def milliseconds(kernel: ModuleType, size: Size, device: torch.device) -> float:
                 return float("inf")
             ended.record()
             ended.synchronize()
-            took.append(began.elapsed_time(ended))
+            took.append(began.elapsed_time(ended) / _CALLS)
     return median(took[1:])
 
 

@@ -13,7 +13,10 @@ _PAIRS, _WIDTH = 4, 512  # of one program; neighbours in the list often share a 
 
 
 @triton.jit
-def _distances(x_ptr, first_ptr, second_ptr, out_ptr, N, W, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+def _distances(
+    x_ptr, first_ptr, second_ptr, out_ptr, N, W, D: tl.constexpr, SPARE: tl.constexpr, PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     ok = pair < N
     first = tl.load(first_ptr + pair, mask=ok, other=0) * W
@@ -21,20 +24,32 @@ def _distances(x_ptr, first_ptr, second_ptr, out_ptr, N, W, PAIRS: tl.constexpr,
     total = tl.zeros([PAIRS, WIDTH], tl.float32)
     for start in range(0, W, WIDTH):
         w = start + tl.arange(0, WIDTH)
-        here = ok[:, None] & (w < W)[None, :]
+        here = ok[:, None] & ((w < W) & (w % (D + SPARE) < D))[None, :]
         a = tl.load(x_ptr + first[:, None] + w[None, :], mask=here, other=0.0).to(tl.float32)
         b = tl.load(x_ptr + second[:, None] + w[None, :], mask=here, other=0.0).to(tl.float32)
         total += (a - b) * (a - b)
     tl.store(out_ptr + pair, tl.sum(total, axis=1), mask=ok)
 
 
-def squared_distances(x_PW: Tensor, first_N: Tensor, second_N: Tensor) -> Tensor:
-    """|x[first] - x[second]|^2, fp32 (N,); `x_PW` contiguous, indices int64."""
+def squared_distances(x_PW: Tensor, first_N: Tensor, second_N: Tensor, dim: int, spare: int = 0) -> Tensor:
+    """|x[first] - x[second]|^2, fp32 (N,); `x_PW` contiguous, indices int64.
+
+    Behind every `dim` numbers lie `spare` ones that are left out.
+    """
     pairs, width = len(first_N), x_PW.shape[1]
     out = torch.empty(pairs, dtype=torch.float32, device=x_PW.device)
     wide = min(_WIDTH, triton.next_power_of_2(width))
     _distances[(triton.cdiv(pairs, _PAIRS),)](
-        x_PW, first_N.contiguous(), second_N.contiguous(), out, pairs, width, PAIRS=_PAIRS, WIDTH=wide
+        x_PW,
+        first_N.contiguous(),
+        second_N.contiguous(),
+        out,
+        pairs,
+        width,
+        D=dim,
+        SPARE=spare,
+        PAIRS=_PAIRS,
+        WIDTH=wide,
     )
     return out
 

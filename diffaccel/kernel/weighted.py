@@ -12,6 +12,7 @@ group of at least an eighth stays alone; of those there are at most eight, at mo
 more than eight launches.
 """
 
+from functools import lru_cache
 from itertools import accumulate
 from math import log
 from types import ModuleType
@@ -23,11 +24,11 @@ from torch.nn.functional import pad
 
 from ..plan import Plan
 from ..sent import sent
-from . import reference
-from .merge import HAS_TRITON, Partial, merge
+from . import fa3, reference
+from .merge import Partial, merge
 
 if TYPE_CHECKING:
-    from ..cache.entries import Entries
+    from ..cache.entries import Entries, Room
 
 Group = tuple[slice, int]  # which entries, the tokens each stands for
 
@@ -40,25 +41,37 @@ def over_entries(
     kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, plan: Plan | None, asked: bool = True
 ) -> Partial:
     """`kernel` over `entries`, (B, S, H, D) queries; unless it was `asked` for, whatever reads them fastest."""
-    if plan is None and not asked and in_one(q, entries):
-        from . import fused_counted
-
-        assert entries.room is not None
-        return Partial(*fused_counted.attend(q, entries.room, scale))
+    if plan is None and not asked and in_one(q, entries, scale):
+        return in_place(q, entries.room, scale)
     # a bias costs the CPU's flash attention nothing to speak of; what the rest is held to takes no detour
     if entries.multiplicity is None or plan is not None or not q.is_cuda or kernel is reference:
         return kernel.partial(q, entries.k, entries.v, scale=scale, log_weight=entries.log_weight(), plan=plan)
     return grouped(kernel, q, entries, scale)
 
 
-def in_one(q: Tensor, entries: "Entries") -> bool:
-    """Whether entries of several multiplicities are read in one launch, as they lie (`fused_counted`)."""
+def in_one(q: Tensor, entries: "Entries", scale: float) -> bool:
+    """Whether entries of several multiplicities are read in one launch, as they lie."""
     several = entries.multiplicity is not None and len(entries.multiplicity) > 1
-    return several and entries.room is not None and can_in_one(q.device, q.dtype, q.shape[-1])
+    return several and entries.room is not None and entries.room.scale == scale
 
 
-def can_in_one(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    return HAS_TRITON and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and dim <= 256
+@lru_cache
+def can_in_place(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether there is a kernel for wider keys that learns on the GPU how many they are: FlashAttention-3."""
+    return spare(dim) is not None and fa3.unusable(device, dtype, dim + CHANNELS) is None
+
+
+def spare(dim: int) -> tuple[int, int] | None:
+    """Channels beside `dim` that a buffer of keys, and one of values, must have to be read so; None for wide heads."""
+    value = fa3.value_width(torch.device("cuda"), torch.bfloat16, dim + CHANNELS, dim)
+    return None if value is None else (CHANNELS, value - dim)
+
+
+def in_place(q: Tensor, room: "Room | None", scale: float) -> Partial:
+    """Attention of (B, S, H, D) queries to what a room holds: always the same launch, which a CUDA graph may keep."""
+    assert room is not None
+    part = fa3.over_cache(pad(q, (0, CHANNELS), value=1.0), room.k, room.v, room.used, scale=scale)
+    return Partial(part.out[..., : q.shape[-1]], part.lse)
 
 
 def grouped(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float) -> Partial:
@@ -96,18 +109,21 @@ def launches(multiplicity: tuple[tuple[int, int], ...]) -> tuple[list[Group], li
 
 
 def log_channels(groups: list[Group], scale: float, like: Tensor) -> Tensor:
-    """log(m) / scale of every entry in parts rounded to the dtype of `like`, (N, CHANNELS).
-
-    The host waits for nothing, and the number of operations does not grow with that of the groups.
-    """
-    rest = torch.tensor([log(tokens) / scale for _, tokens in groups], dtype=torch.float64)
-    table = torch.zeros(len(groups), CHANNELS, dtype=like.dtype)
-    for part in range(PARTS):
-        table[:, part] = rest
-        rest = rest - table[:, part].double()
+    """Those of every entry of the groups, (N, CHANNELS); the number of operations does not grow with that of groups."""
+    counts = torch.tensor([tokens for _, tokens in groups])
     sizes = torch.tensor([_size(group) for group in groups])
-    table, sizes = (sent(x, like.device) for x in (table, sizes))
+    table, sizes = (sent(x, like.device) for x in (channels_of(counts, scale, like.dtype), sizes))
     return table.repeat_interleave(sizes, 0, output_size=sum(map(_size, groups)))
+
+
+def channels_of(counts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """log(m) / scale of every count m >= 1 in parts rounded to `dtype`, (..., CHANNELS)."""
+    rest = counts.double().log() / scale
+    parts = torch.zeros(*counts.shape, CHANNELS, dtype=dtype, device=counts.device)
+    for part in range(PARTS):
+        parts[..., part] = rest
+        rest = rest - parts[..., part].double()
+    return parts
 
 
 def _joined(x: Tensor, groups: list[Group], width: int, fill: Tensor | float) -> Tensor:

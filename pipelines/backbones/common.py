@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.joint import Text
-from diffaccel.port import Port, compiled_attend
+from diffaccel.port import Port, compiled_attend, compiled_attend_projected, compiled_attend_prompt
 from diffaccel.run import Run
 
 from ._diffusers import HookRegistry, ModelHook, StateManager
@@ -30,6 +30,38 @@ class ToSeam:
         if torch.compiler.is_compiling():
             return compiled_attend(q, k, v, self.handle)
         return self.port.attend(q, k, v)
+
+    def attend_projected(
+        self, q: Tensor, k: Tensor, v: Tensor, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """As `attend`, of queries and keys not yet normed and turned."""
+        eps = torch.finfo(q.dtype).eps if q_norm.eps is None else q_norm.eps
+        given = (q, k, v, q_norm.weight, k_norm.weight, eps, cos, sin)
+        if torch.compiler.is_compiling():
+            return compiled_attend_projected(*given, self.handle)
+        return self.port.attend_projected(*given)
+
+    def attend_prompt(self, q: Tensor, text: Tensor, to_k: nn.Linear, to_v: nn.Linear, norm: nn.RMSNorm) -> Tensor:
+        """Cross-attention of (B, S, H, D) queries to the prompt (B, T, C)."""
+        eps = torch.finfo(text.dtype).eps if norm.eps is None else norm.eps
+        weights = (to_k.weight, to_k.bias, to_v.weight, to_v.bias, norm.weight)
+        if torch.compiler.is_compiling():
+            return compiled_attend_prompt(q, text, *weights, eps, self.handle)
+        return self.port.attend_prompt(q, text, weights, eps)
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether modules are no more than their weights: no adapter, no quantisation, no hook, nothing to train."""
+    kinds = (nn.Linear, nn.RMSNorm)
+    return all(
+        type(module) in kinds
+        and not hasattr(module, "_hf_hook")
+        and not hasattr(module, "_diffusers_hook")
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and all(type(weight) is nn.Parameter for weight in module.parameters())
+        for module in modules
+    )
 
 
 class RootHook(ModelHook):

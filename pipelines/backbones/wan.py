@@ -21,7 +21,7 @@ from ._diffusers import (
     _get_qkv_projections,
     get_1d_rotary_pos_embed,
 )
-from .common import RootHook, ToSeam, exchange
+from .common import RootHook, ToSeam, exchange, plain
 
 
 class Wan:
@@ -83,15 +83,30 @@ class _Processor(ToSeam, WanAttnProcessor):
         if attn.add_k_proj is not None and encoder_hidden_states is not None:
             # image tokens come first, then 512 of text
             image, encoder_hidden_states = encoder_hidden_states[:, :-512], encoder_hidden_states[:, -512:]
-        q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        if rotary_emb is not None:
-            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        out = self.attend(q, k, v).flatten(2, 3).type_as(q)
+        split = partial(torch.unflatten, dim=2, sizes=(attn.heads, -1))
+        trained = torch.is_grad_enabled()
+        if rotary_emb is not None and not trained and plain(attn.norm_q, attn.norm_k):
+            q, k, v = map(split, _get_qkv_projections(attn, hidden_states, encoder_hidden_states))
+            found = self.attend_projected(q, k, v, attn.norm_q, attn.norm_k, *rotary_emb)
+        elif encoder_hidden_states is not None and not trained and self._keeps(attn):
+            q = split(attn.norm_q(attn.to_q(hidden_states)))
+            found = self.attend_prompt(q, encoder_hidden_states, attn.to_k, attn.to_v, attn.norm_k)
+        else:
+            q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+            q, k, v = split(attn.norm_q(q)), split(attn.norm_k(k)), split(v)
+            if rotary_emb is not None:
+                q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+            found = self.attend(q, k, v)
+        out = found.flatten(2, 3).type_as(q)
         if image is not None:
             out = out + self._attend_image(attn, q, image)
         return attn.to_out[1](attn.to_out[0](out))
+
+    def _keeps(self, attn: WanAttention) -> bool:
+        """Whether what is projected of the prompt may be kept."""
+        if attn.fused_projections or attn.to_k.bias is None:
+            return False
+        return plain(attn.to_k, attn.to_v, attn.norm_k)
 
     def _attend_image(self, attn: WanAttention, q: Tensor, image: Tensor) -> Tensor:
         """Cross-attention to the condition image of Wan's image-to-video models: 257 keys, never worth a policy."""
