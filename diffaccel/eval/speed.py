@@ -130,7 +130,7 @@ def summarize_speed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     lengths: dict[int, dict[str, dict[str, Any]]] = {}
     for frames in sorted({row["frames"] for row in rows}):
         here: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: bool(row["arm"] != "dense")):
             if row["frames"] == frames:
                 here.setdefault(row["arm"], []).append(row)
         lengths[frames] = {arm: _arm(found) for arm, found in here.items()}

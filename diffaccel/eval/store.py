@@ -24,7 +24,7 @@ def ignore(sentence: str) -> None:
 
 def differing(asked: dict[str, Any], held: dict[str, Any]) -> list[str]:
     """The names in which what is asked differs from what was."""
-    asked = json.loads(json.dumps(asked))  # as it is after writing: lists, not tuples
+    asked, held = (json.loads(json.dumps(content)) for content in (asked, held))  # as after writing: no tuples
     return [name for name in _ASKED if asked.get(name) != held.get(name)]
 
 
