@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffaccel import kernel
+from diffaccel import Accel, Run, kernel
 from diffaccel.kernel import choose, pick
 from diffaccel.kernel.choose import MOST_OPERATIONS, Choice, Size, Table, size_of
 
@@ -167,6 +167,23 @@ def test_auto_is_what_was_measured(a_gpu, tmp_path):
     assert pick("auto", a_gpu, torch.bfloat16, 128, SIZE).kernel == "sdpa"
     assert json.loads((tmp_path / "kernels.json").read_text()) == {"a GPU": {str(SIZE): {"fa3": 2.0, "sdpa": 1.0}}}
     assert kernel.resolve("auto", a_gpu, torch.bfloat16, 128, SIZE) is kernel.sdpa
+
+
+def test_a_run_chooses_by_size_and_reports_why(monkeypatch):
+    asked = []
+
+    def found(wanted, device, dtype, head_dim, size):
+        asked.append((wanted, size.queries, size.keys))
+        name = "sdpa" if size.keys > 100 else "reference"
+        return Choice(name, f"{name}: 1 ms at {size}")
+
+    monkeypatch.setattr(kernel, "pick", found)
+    run, q = Run(Accel(), causal=False), torch.randn(1, 64, 2, 8)
+    assert run.kernel_for(q, 500) is run.kernel_for(q[:, 1:], 520) is kernel.sdpa
+    assert run.kernel_for(q, 16) is kernel.reference
+    assert asked == [("auto", 64, 512), ("auto", 64, 16)]
+    said = "reference, sdpa; reference: 1 ms at 64 x 16 x 2 x 8 in float32; sdpa: 1 ms at 64 x 512 x 2 x 8 in float32"
+    assert run.report().kernel == said
 
 
 @pytest.mark.parametrize("where", ["captured", "traced", "full"])
