@@ -349,8 +349,9 @@ def test_vbench_is_called_by_its_signature_in_the_mode_of_the_prompts(packages, 
 def test_where_vbench_is_not_installed_that_is_said(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "vbench", None)
     for long in (False, True):
-        assert "not installed, so its scores were not measured" in missing(long)
+        assert "not installed here, so its scores were not measured" in missing(long)
     result = run("quality", "a red circle", "--presets", "balanced", "--frames", 5, "--vbench", "-o", "out")
     assert result.exit_code == 0, result.output
-    assert "VBench is not installed" in result.stderr
+    assert "VBench is not installed here" in result.stderr
+    assert "vbench evaluate --mode=custom_input --videos_path out/vbench/balanced --prompt_file" in result.stdout
     assert os.listdir("out/vbench/balanced") == ["a red circle-0.mp4"]

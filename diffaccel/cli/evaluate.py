@@ -120,6 +120,7 @@ def quality(
             summary = _show_quality(out, rows)
             for long in [long for long, asked in ((False, vbench), (True, vbench_long)) if asked]:
                 _vbench(out, rows, setup, ranks, long)
+            _report(out)
         ranks.wait()  # nobody leaves with an error while another still writes
         if ranks.main:
             _finish(summary)
@@ -172,6 +173,7 @@ def throughput(
                 )
             summary = _show_quality(out)
             _show_speed(summarize_speed(rows))
+            _report(out)
         ranks.wait()
         if ranks.main:
             _finish(summary)
@@ -236,6 +238,7 @@ def frontier(
             _show_frontier(points)
             if plotting:
                 typer.echo(f"plot: {plot(points, out / 'frontier.png')}")
+            _report(out)
 
 
 @app.command()
@@ -522,6 +525,13 @@ def _show_frontier(points: Sequence[dict[str, Any]]) -> None:
     _print_table(lines)
 
 
+def _report(out: Path) -> None:
+    from ..eval.report import write_report
+
+    page, *_ = write_report([out], note=lambda sentence: say(f"note: {sentence}"))
+    typer.echo(f"report: {page}")
+
+
 def _vbench(out: Path, rows: list[dict[str, Any]], setup: "Setup", ranks: "Ranks", long: bool) -> None:
     from ..eval import vbench
 
@@ -531,6 +541,10 @@ def _vbench(out: Path, rows: list[dict[str, Any]], setup: "Setup", ranks: "Ranks
         why = "VBench is run by one process: ask the same without the launcher; the videos are laid out for it"
     if why is not None:
         say(why)
+        for place in () if long else places.values():
+            prompts = place.parent / f"{place.name}.prompts.json"
+            asked = ["--mode=custom_input", "--videos_path", str(place), "--prompt_file", str(prompts)]
+            typer.echo(shlex.join(["vbench", "evaluate", *asked, "--dimension", vbench.CUSTOM[0]]))
         return
     scores = vbench.evaluate(places, out / ("vbench-long" if long else "vbench-scores"), device=setup.device, long=long)
     dimensions = list(next(iter(scores.values())))

@@ -88,8 +88,8 @@ def missing(long: bool) -> str | None:
     if importlib.util.find_spec("vbench2_beta_long" if long else "vbench") is None:
         name = "VBench-Long" if long else "VBench"
         return (
-            f"{name} is not installed, so its scores were not measured: pip install vbench, then ask again; "
-            "the videos are laid out for it"
+            f"{name} is not installed here, so its scores were not measured; its releases pin old versions of "
+            "transformers and numpy: give it an environment of its own, and run it there on the videos laid out for it"
         )
     return None
 
