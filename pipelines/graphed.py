@@ -4,8 +4,10 @@ A block of a stream is a handful of forwards of a thousand kernels each. Where r
 takes longer to launch them than the GPU to run them; a graph is launched at once.
 """
 
+import gc
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,18 @@ def unfit(model: Any) -> str | None:
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "offload moves these; leave one of the two out"
     return None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage stays: among it may be graphs of an earlier run, and to free their memory breaks a capture off."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class GraphedForwards:
@@ -123,7 +137,7 @@ class GraphedForwards:
         """What launches the forward again, and where that leaves its result."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 out = forward()
         except RuntimeError as error:
             why = str(error).splitlines()[0]

@@ -152,7 +152,7 @@ class Bench(Says):
                 self.check(f"{name}, replayed", results, expected)
             if self.device.type == "cuda":
                 host[name] = self.host_us(arms[name])
-        parts = [runs["dense"].kernel_for(q).partial(q, *kv, scale=0.1) for q, *kv in steps[:2]]
+        parts = [runs["dense"].kernel_for(q, kv[0].shape[1]).partial(q, *kv, scale=0.1) for q, *kv in steps[:2]]
         arms["merge"] = lambda: [merge(parts) for _ in range(MERGES)]
         if found := self.captured(f"{what}: merge", lambda: [merge(parts).out for _ in range(MERGES)]):
             arms["merge, replayed"] = found[0]

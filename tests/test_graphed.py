@@ -1,5 +1,6 @@
 """Forwards that repeat are replayed: the same video, the same counts, and nothing replayed that does not repeat."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -178,3 +179,29 @@ def test_a_graph_is_the_forward_that_it_stands_for(name, compiled):
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
     assert slots(report) == slots(usual)
     assert held[0].run.replayed >= 2 * FORWARDS
+
+
+@pytest.mark.gpu
+def test_graphs_of_an_earlier_run_are_not_freed_in_the_middle_of_a_capture(monkeypatch):
+    """In a cycle they wait for the collector, which here comes whenever an attention runs."""
+    pipe = tiny_pipeline().to("cuda", torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    made(pipe, REPEAT["merged"], graphs=True)
+    held = []
+    init = graphed.GraphedForwards.__init__
+
+    def cyclic(self, model, run):
+        init(self, model, run)
+        self.itself = self
+        held.append(None)
+
+    monkeypatch.setattr(graphed.GraphedForwards, "__init__", cyclic)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(2):
+            made(pipe, REPEAT["merged"], graphs=True)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(held) == 2
+    assert gc.isenabled()
