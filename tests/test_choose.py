@@ -96,7 +96,8 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path):
     path = tmp_path / "k.json"
     code = (
         "import sys, torch; from pathlib import Path; from diffaccel.kernel.choose import Size, Table\n"
-        "for n in range(60): Table(Path(sys.argv[1]), sys.argv[2]).keep(Size(torch.half, n, 1, 1, 8), {'sdpa': n})\n"
+        "table = Table(Path(sys.argv[1]), sys.argv[2])\n"
+        "for n in range(60): table.keep(Size(torch.half, n, 1, 1, 8), {'sdpa': n})\n"
     )
     writers = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(path), name], cwd=ROOT, stderr=subprocess.PIPE)
