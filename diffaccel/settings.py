@@ -15,9 +15,10 @@ class UsageError(Exception):
     """A mistake in the command line, as one sentence with its remedy."""
 
 
-def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
-    """The preset of that name with `--set` changes: `slot=Method`, `slot=none`, `slot.knob=value`, `kernel=name`.
+def build_accel(preset: "str | Accel", changes: Sequence[str] = ()) -> "Accel":
+    """The preset of that name, or what is given, with `--set` changes.
 
+    A change is `slot=Method`, `slot=none`, `slot.knob=value` or `kernel=name`.
     A knob of an empty slot brings in the slot's technique where there is one only. Later changes win. Raises
     `UsageError` or `KnobError` with the choices.
     """
@@ -26,7 +27,7 @@ def build_accel(preset: str, changes: Sequence[str] = ()) -> "Accel":
     from .suggest import choose
     from .techniques import TECHNIQUES
 
-    accel = PRESETS[choose(preset, PRESETS, "preset")]()
+    accel = PRESETS[choose(preset, PRESETS, "preset")]() if isinstance(preset, str) else preset
     slots: dict[str, Any] = {slot: getattr(accel, slot) for slot in SLOTS}
     knobs: dict[str, dict[str, Any]] = {}
     kernel = accel.kernel

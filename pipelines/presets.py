@@ -10,8 +10,10 @@ refuses them with the reason, and takes `exact`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from diffaccel.accel import Accel
+from diffaccel.backbone import find
 from diffaccel.techniques import FlashBlock, PadCollapse, TempCache
 
 
@@ -37,3 +39,32 @@ def fast() -> Accel:
 
 PRESETS: dict[str, Callable[[], Accel]] = {"exact": exact, "balanced": balanced, "fast": fast}
 """Every preset by the name the command line uses."""
+
+
+def auto(pipe: Any, num_frames: int, height: int, width: int, frames_per_block: int | None = None) -> tuple[Accel, str]:
+    """What pays for a video of that size on the device the pipeline is on, and a phrase that says why.
+
+    Attention to earlier blocks is all that merging and reusing save, so nothing is done unless, at the end of the
+    video, it would be so many operations beside those of the rest of a forward (`PAYS`).
+    """
+    [family, denoisers], device = find(pipe), pipe._execution_device.type
+    if not getattr(pipe, "block_causal", False):
+        return Accel(), f"dense: {family.name} makes all frames at once, and nothing that is kept of earlier ones pays"
+    shape = family.geometry(denoisers[0])
+    patch, scale = shape.patch, pipe.vae_scale_factor_spatial
+    per_frame = (height // scale // patch[1]) * (width // scale // patch[2])
+    latent = (1 + (num_frames - 1) // pipe.vae_scale_factor_temporal) // patch[0]
+    block = min(latent, (frames_per_block or pipe.config["frames_per_block"]) // patch[0])
+    blocks = [module for name, module in denoisers[0].named_modules() if name == "blocks.0"]
+    weights = sum(p.numel() for module in blocks for p in module.parameters() if p.ndim == 2)
+    share = 2 * (latent - block) * per_frame * shape.heads * shape.head_dim / weights
+    limit = PAYS.get(device, PAYS["cuda"])
+    seen = f"attention to the past is {share:.2g} times the rest of a forward at the end, and pays from {limit:g} on"
+    if share < limit:
+        return Accel(), f"dense: {seen}"
+    chosen = Accel(cache=TempCache(threshold=0.9, budget="24 frames"), reuse=FlashBlock(refresh=2))
+    return chosen if device == "cuda" else balanced(), f"techniques on: {seen}"
+
+
+PAYS = {"cpu": 0.3, "cuda": 1.0}
+"""Attention to the past over the rest of a forward, in operations, from which techniques pay (samples/RESULTS.md)."""

@@ -20,7 +20,7 @@ from diffaccel import Accel, FlashBlock, KnobError, PadCollapse, TempCache
 from diffaccel.cli import app
 from diffaccel.cli.show import progress_bar
 from diffaccel.pipelines import CausalWanPipeline
-from diffaccel.pipelines.presets import PRESETS
+from diffaccel.pipelines.presets import PAYS, PRESETS
 from diffaccel.settings import UsageError, build_accel, parse_knob
 from diffaccel.video import read_video, to_uint8, write_video
 
@@ -109,10 +109,21 @@ def test_the_frames_are_those_of_the_pipeline_and_the_report_says_what_happened(
     assert left_in(tmp_path) == [*(f"frames/{i:05d}.png" for i in range(9)), "r.json"]
 
 
+@pytest.mark.parametrize(("pays", "slots"), [(0.0, {"prompt", "cache", "reuse"}), (1e9, set())])
+def test_preset_auto_says_what_it_is_and_takes_changes(pays, slots, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PAYS, "cpu", pays)
+    result = run("generate", "a red circle", *SMALL, "--preset", "auto", "-o", "v.mp4", "--report", "r.json")
+    assert result.exit_code == 0, result.output
+    assert f"note: preset auto is {'techniques on' if slots else 'dense'}: attention to the past is" in result.stderr
+    assert set(json.loads((tmp_path / "r.json").read_text())["slots"]) == slots
+    result = run("generate", "a red circle", *SMALL, "--preset", "auto", "--set", "prompt=none", "-o", "v.mp4")
+    assert ("PadCollapse" in result.stdout) is False
+
+
 def test_what_the_default_preset_cannot_use_is_told_and_no_mistake(run, tmp_path):
     result = run("generate", "a red circle", *SMALL, "--frames", "5", "-o", "v.mp4", "--report", "r.json")
     assert result.exit_code == 0, result.output
-    assert "note: of the default preset, never engaged: TempCache" in result.stderr
+    assert "note: of the preset, never engaged: TempCache" in result.stderr
     assert not json.loads((tmp_path / "r.json").read_text())["slots"]["cache"]["engaged"]
     result = run("generate", "a red circle", *SMALL, "--frames", "5", "--preset", "balanced", "-o", "v.mp4")
     assert result.exit_code == 1

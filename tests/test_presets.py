@@ -12,7 +12,7 @@ import diffaccel
 from diffaccel import Accel, FlashBlock, KnobError, PadCollapse, TempCache, UnsupportedError
 from diffaccel.pipelines import CausalWanPipeline, loading
 from diffaccel.pipelines.loading import Defaults, LoadError, bundled_model, check_checkpoint, defaults, load
-from diffaccel.pipelines.presets import PRESETS, balanced, exact, fast
+from diffaccel.pipelines.presets import PAYS, PRESETS, auto, balanced, exact, fast
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,27 @@ def test_presets_go_from_lossless_to_fast():
     assert fast().cache.threshold < balanced().cache.threshold
     assert fast().reuse.refresh > balanced().reuse.refresh
     assert all(preset.__doc__ for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(("frames", "techniques"), [(9, False), (2001, True)])
+def test_auto_takes_techniques_where_the_past_is_what_counts(frames, techniques):
+    pipe = tiny_pipeline()
+    chosen, why = auto(pipe, frames, 64, 64)
+    found = {slot: type(policy) for slot, policy in chosen.policies().items()}
+    assert bool(found) is techniques
+    assert why.startswith("techniques on: " if techniques else "dense: ")
+    config, block = pipe.transformer.config, pipe.transformer.blocks[0]
+    past = ((frames - 1) // 4 + 1 - pipe.config.frames_per_block) * 16  # tokens: 64 pixels are 8 latents, 4 patches
+    operations = 4 * past * config.num_attention_heads * config.attention_head_dim
+    rest = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)
+    assert f"is {operations / rest:.2g} times" in why
+    assert techniques == (operations / rest >= PAYS["cpu"])
+
+
+def test_auto_leaves_a_pipeline_without_blocks_dense():
+    chosen, why = auto(WanPipeline(**tiny_components()), 2001, 64, 64)
+    assert chosen == Accel()
+    assert why == "dense: Wan makes all frames at once, and nothing that is kept of earlier ones pays"
 
 
 def test_a_stock_pipeline_refuses_what_needs_blocks_and_takes_exact():

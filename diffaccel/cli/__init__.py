@@ -19,10 +19,12 @@ from ..ranks import ranks, speaks
 from ..settings import build_accel, describe_accel, describe_slots, describe_technique
 from ..suggest import choose
 from .checks import (
+    accel_for,
     check_arguments,
     check_graphs,
     check_output,
     check_parent,
+    check_preset,
     check_profile,
     default_preset,
     fail,
@@ -83,7 +85,8 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
     image: Annotated[Path | None, typer.Option(help="the first frame")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="exact, balanced or fast  [default: balanced, or exact for a stock pipeline]")
+        str | None,
+        typer.Option(help="exact, balanced, fast or auto  [default: balanced, or exact for a stock pipeline]"),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -126,7 +129,7 @@ def generate(
         require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
         require(guidance is None or guidance >= 0, f"--guidance must be 0 or more, got {guidance}")
-        build_accel(preset or "balanced", changes or [])
+        check_preset(preset, changes or [])
         picture = read_first_frame(image) if image else None
 
         pipe, given = open_pipeline(model, pipeline, dtype, device, offload)
@@ -135,7 +138,6 @@ def generate(
         choose(compiling, MODES, "--compile")
         if graphs:
             check_graphs(pipe, comparing=comparing, observing=plots is not None)
-        accel = build_accel(preset or default_preset(pipe), changes or [])
         require(
             plots is None or getattr(pipe, "block_causal", False),
             f"--plots draws the cache of block-by-block generation, and {type(pipe).__name__} has none; leave it out",
@@ -151,6 +153,7 @@ def generate(
             "sampler": sampler,
         }
         arguments = {name: value for name, value in wanted.items() if value is not None}
+        accel = accel_for(pipe, preset, changes or [], arguments)
         check_arguments(pipe, accel, arguments, texts)
         fps = given.fps if fps is None else fps
         if graphs:
@@ -177,7 +180,7 @@ def generate(
                     typer.echo(f"plot: {plot_cache(result.report, plots / name)}")
                 else:
                     typer.echo("no plot: no block was finished and kept, so there is nothing to draw")
-        finish(results, asked=preset is not None or bool(changes))
+        finish(results, asked=preset not in (None, "auto") or bool(changes))
 
 
 @app.command()

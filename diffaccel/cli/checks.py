@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from ..ranks import ranks, speaks
-from ..settings import UsageError
+from ..settings import UsageError, build_accel
 from ..suggest import choose
 
 if TYPE_CHECKING:
@@ -137,6 +137,26 @@ def open_pipeline(
 
 def default_preset(pipe: Any) -> str:
     return "balanced" if getattr(pipe, "block_causal", False) else "exact"
+
+
+def check_preset(preset: str | None, changes: Sequence[str]) -> None:
+    """That there is such a preset and that changes fit one, as far as can be said without a pipeline."""
+    from ..pipelines.presets import PRESETS
+
+    if preset is not None:
+        choose(preset, (*PRESETS, "auto"), "preset")
+    build_accel("balanced" if preset is None or preset == "auto" else preset, changes)
+
+
+def accel_for(pipe: Any, preset: str | None, changes: Sequence[str], arguments: dict[str, Any]) -> "Accel":
+    """The preset with its changes, for a call of the pipeline with these arguments; "auto" says what it is."""
+    from ..pipelines.presets import auto
+
+    if preset != "auto":
+        return build_accel(preset or default_preset(pipe), changes)
+    chosen, why = auto(pipe, *(arguments[name] for name in ("num_frames", "height", "width")))
+    say(f"note: preset auto is {why}")
+    return build_accel(chosen, changes)
 
 
 def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompts: Sequence[str]) -> None:

@@ -157,10 +157,10 @@ def slugs(prompts: Sequence[str]) -> list[str]:
 
 
 def finish(results: Sequence[Result], *, asked: bool) -> None:
-    """Say what went wrong and exit with its code; what the default preset could not use here was nobody's mistake."""
+    """Say what went wrong and exit with its code; what a preset of no one's choice could not use is no mistake."""
     for result in results if speaks() else ():
         if result.idle:
-            say(result.idle if asked else "note: of the default preset, " + result.idle.removeprefix("asked for and "))
+            say(result.idle if asked else "note: of the preset, " + result.idle.removeprefix("asked for and "))
         if result.interrupted:
             say(result.interrupted)
     if any(result.interrupted for result in results):
