@@ -40,21 +40,21 @@ def demo(
         if out is not None:
             check_parent(out)
             require(not out.exists() or out.is_dir(), f"--out names a folder, and '{out}' is a file")
-        sock = listen(host, port)
-        load_gradio()
-        from ..demo.desk import Desk
-        from ..demo.models import Models
+        with listen(host, port) as sock:
+            load_gradio()
+            from ..demo.desk import Desk
+            from ..demo.models import Models
 
-        offered = Models(
-            models or BUNDLED_MODELS,
-            [name for name in texts or [BUNDLED_TEXT_MODEL] if name != "none"],
-            limits=limits,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-        )
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            say("note: whoever reaches this machine may generate; there is no password")
-        shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"diffaccel demo: http://{shown}:{sock.getsockname()[1]}/  (Ctrl-C ends it)")
-        serve(Desk(offered, out), sock)
+            offered = Models(
+                models or BUNDLED_MODELS,
+                [name for name in texts or [BUNDLED_TEXT_MODEL] if name != "none"],
+                limits=limits,
+                dtype=dtype,
+                device=device,
+                offload=offload,
+            )
+            if host not in ("127.0.0.1", "localhost", "::1"):
+                say("note: whoever reaches this machine may generate; there is no password")
+            shown = f"[{host}]" if ":" in host else host
+            typer.echo(f"diffaccel demo: http://{shown}:{sock.getsockname()[1]}/  (Ctrl-C ends it)")
+            serve(Desk(offered, out), sock)

@@ -165,6 +165,7 @@ def from_json(text: str, usual: Callable[[str, str | None], Asked]) -> Asked:
     for name in content:
         choose(name, names, f"setting of the tab {tab}")
     values = {name: _typed(name, kinds[name], value) for name, value in content.items()}
+    check_changes(values.get("set", ()))
     return dataclasses.replace(usual(tab, values.get("model")), **values)
 
 

@@ -82,8 +82,10 @@ class Desk:
         return self._results[key]
 
     def close(self) -> None:
-        """Cancels what is going on; a temporary folder goes."""
-        self.models.close()
+        """Cancels what pages wait for; a temporary folder goes, once nothing is written there."""
+        for request in self._of_page.values():
+            request.cancel()
+            request.ticket.wait()
         if self._temporary is not None:
             self._temporary.cleanup()
 

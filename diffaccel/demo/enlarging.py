@@ -54,14 +54,15 @@ def make_larger(asked: Larger, model: VideoModel, result: Result, ticket: Ticket
         f"{expected.seconds:.0f} s of denoising, {readable(expected.kept_bytes)} kept to guide."
     )
     result.fps = model.usual.fps
+    result.figures = {"native": {}, "FreeSwim": {}}
     frames = []
     small = result.clip("enlarged", "Native, enlarged as pixels")
     with Accel()(pipe) as run:
         for chunk in chunks(model, run, asked.prompt, noise, native, steps("Native size", result, ticket)):
             frames.append(chunk)
             small.append(enlarge(chunk, height, width))
-            result.figures["native"] = live(run)
-    result.figures["native"] = final(run.report())
+            result.figures["native"] = live(run, pipe)
+    result.figures["native"] = final(run.report(), pipe)
     small.finish(result.file_of(small), result.fps)
 
     large = result.clip("larger", "FreeSwim")
@@ -80,7 +81,7 @@ def make_larger(asked: Larger, model: VideoModel, result: Result, ticket: Ticket
     large.append(made)
     large.finish(result.file_of(large), result.fps)
     report = runs[0].report()
-    result.figures["FreeSwim"] = final(report)
+    result.figures["FreeSwim"] = final(report, pipe)
     result.techniques += techniques(report)
     result.reports["larger"] = report.to_dict()
 

@@ -75,15 +75,16 @@ def build_knobs(preset: str, changes: Sequence[str] = ()) -> Knobs:
         made.methods[slot] = gr.Dropdown(names, value="none", label=slot, info=QUESTIONS[slot], elem_id=f"slot-{slot}")
         groups = []
         for technique in here:
-            with gr.Group(visible=chosen.get(slot) == technique.__name__) as group:
+            with gr.Column(visible=chosen.get(slot) == technique.__name__) as group:
                 about = describe_technique(technique)
-                gr.Markdown(f"{technique.__name__} {about['summary']}. ({about['paper']})", container=True)
-                for knob in about["knobs"]:
-                    if knob["name"] not in FILE_KNOBS:
+                gr.Markdown(f"{technique.__name__} {about['summary']}. ({about['paper']})")
+                knobs = [knob for knob in about["knobs"] if knob["name"] not in FILE_KNOBS]
+                with gr.Accordion(f"Knobs of {technique.__name__}", open=False, visible=bool(knobs)):
+                    for knob in knobs:
                         made.knobs[technique, knob["name"]] = _part(technique.__name__, knob)
             groups.append(group)
         made.methods[slot].change(
-            lambda method, names=names: [gr.Group(visible=method == name) for name in names[1:]],
+            lambda method, names=names: [gr.Column(visible=method == name) for name in names[1:]],
             made.methods[slot],
             groups,
             queue=False,

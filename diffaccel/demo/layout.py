@@ -100,7 +100,7 @@ def _video(desk: Desk) -> Tab:
             with gr.Row():
                 fields["guidance"] = _number(usual.guidance, "guidance", "1 is none")
                 fields["seed"] = _seed(usual.seed)
-            fields["negative"] = gr.Textbox(label="what not to show", info="acts through guidance", max_lines=2)
+            fields["negative"] = gr.Textbox("", label="what not to show", info="acts through guidance", max_lines=2)
             with gr.Accordion("Techniques and their knobs", open=False):
                 knobs = build_knobs(usual.preset)
         panel, start = _result()
@@ -176,7 +176,7 @@ def _text(desk: Desk) -> Tab:
                 gr.Markdown(f"{about['summary']}. ({about['paper']})")
                 knobs = {
                     knob["name"]: gr.Textbox(
-                        label=knob["name"], info=knob["help"], placeholder="as the preset has it", max_lines=1
+                        "", label=knob["name"], info=knob["help"], placeholder="as the preset has it", max_lines=1
                     )
                     for knob in about["knobs"]
                 }
@@ -191,7 +191,9 @@ def _text(desk: Desk) -> Tab:
         return from_fields(usual, **given, set=changes)
 
     def fill(asked: Text) -> list[Any]:
-        found = dict(change.removeprefix("reuse.").split("=", 1) for change in asked.set)
+        found = dict(change.removeprefix("reuse.").partition("=")[::2] for change in asked.set)
+        if strange := [name for name in found if name not in knobs]:
+            raise UsageError(f"the tab text sets {' and '.join(f'reuse.{name}' for name in knobs)}, not {strange[0]}")
         return [*(getattr(asked, name) for name in names), *(found.get(name, "") for name in knobs)]
 
     return _started(desk, Tab(parts, read, fill, panel), start, fields["prompt"])
@@ -354,5 +356,5 @@ def _page_of(request: gr.Request) -> str:
 
 def _summary(function: Callable[..., Any]) -> str:
     """The first sentence of its docstring."""
-    text = " ".join((inspect.getdoc(function) or "").split())
+    text = " ".join((inspect.getdoc(function) or "").replace("`", "").split())
     return text.split(". ")[0].split(": ")[0].rstrip(".") + "."

@@ -15,7 +15,7 @@ from ..settings import build_accel
 from .asked import Limits, Video
 from .clips import Clip
 from .models import VideoModel, generator
-from .result import Result, final, live, techniques, verdict
+from .result import Result, disturbed, final, live, techniques, verdict
 from .worker import Ticket
 
 OnStep = Callable[..., dict[str, Any]]
@@ -50,6 +50,7 @@ def make_video(asked: Video, model: VideoModel, result: Result, ticket: Ticket) 
     reports: dict[str, Report] = {}
     in_order = sorted(arms, key=lambda name: name != DENSE)  # dense on the left
     clips = {name: result.clip(name, name.capitalize()) for name in in_order}
+    result.figures = {name: {} for name in in_order}
     for arm in arms.values():
         warm_up(model, arm, arguments, result, ticket)
     for name, arm in arms.items():
@@ -57,6 +58,9 @@ def make_video(asked: Video, model: VideoModel, result: Result, ticket: Ticket) 
         result.reports[name] = reports[name].to_dict()
     if len(reports) == 2:
         result.verdict = verdict(reports["accelerated"], reports[DENSE])
+        on_cpu = pipe._execution_device.type == "cpu"  # on a GPU blocks are decoded beside others that are denoised
+        if on_cpu and (doubt := disturbed(reports["accelerated"], reports[DENSE])) is not None:
+            result.warnings.append(doubt)
 
 
 def one(
@@ -75,13 +79,13 @@ def one(
             try:
                 for chunk in chunks(model, run, result.asked.prompt, noise, arguments, on_step):
                     clip.append(chunk)
-                    result.figures[clip.name] = live(run)
+                    result.figures[clip.name] = live(run, model.pipe)
             finally:
                 clip.finish(result.file_of(clip), result.fps)
     except NotEngagedError as error:
         result.warnings.append(str(error))
     report = run.report()
-    result.figures[clip.name] = final(report)
+    result.figures[clip.name] = final(report, model.pipe)
     result.techniques += techniques(report)
     return report
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..cli.checks import default_preset, open_pipeline
 from ..errors import DiffaccelError
 from ..pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL, Defaults
+from ..settings import UsageError
 from ..suggest import choose
 from ..text import Model, load
 from .asked import Asked, Larger, Limits, Text, Video
@@ -56,7 +58,7 @@ class TextModel:
 class Models:
     """All that a page offers, by name; the first of a kind is the usual one.
 
-    Raises `LoadError` for a model that cannot be opened.
+    Raises `LoadError` for a model that cannot be opened, `UsageError` for two of one name.
     """
 
     def __init__(
@@ -72,11 +74,11 @@ class Models:
         self.limits = limits or Limits()
         self.videos: dict[str, VideoModel] = {}
         self.texts: dict[str, TextModel] = {}
-        for name in videos:
-            pipe, usual = open_pipeline(name, None, dtype, device, offload)
+        for source, name in _names(videos):
+            pipe, usual = open_pipeline(source, None, dtype, device, offload)
             self.videos[name] = VideoModel(name, pipe, usual, Worker(name, self.limits.waiting))
-        for name in texts:
-            self.texts[name] = TextModel(name, load(name, dtype, device), Worker(name, self.limits.waiting))
+        for source, name in _names(texts):
+            self.texts[name] = TextModel(name, load(source, dtype, device), Worker(name, self.limits.waiting))
         self.larger = {name: model for name, model in self.videos.items() if model.grows()}
 
     def of(self, asked: Asked) -> VideoModel | TextModel:
@@ -118,6 +120,15 @@ class Models:
         models: list[VideoModel | TextModel] = [*self.videos.values(), *self.texts.values()]
         for model in models:
             model.worker.close()
+
+
+def _names(sources: Sequence[str]) -> list[tuple[str, str]]:
+    """Each with the name that pages show, which tells nothing of where on the server a folder lies."""
+    named = [(source, Path(source).resolve().name if Path(source).is_dir() else source) for source in sources]
+    names = [name for _, name in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two models are called {twice[0]}; rename a folder, or offer one of them")
+    return named
 
 
 def generator(seed: int) -> torch.Generator:

@@ -95,6 +95,7 @@ class Result:
         ]
 
 
+UNEVEN = 1.3
 OVERLAP = "Another model was at work on this machine meanwhile, so these times are longer than they would be alone."
 
 
@@ -103,17 +104,17 @@ def problem(sentence: str) -> dict[str, Any]:
     return {"key": "", "state": "failed", "headline": "Not made", "error": sentence}
 
 
-def live(run: Run) -> Figures:
-    """What is known of a run while it goes on."""
+def live(run: Run, pipe: Any) -> Figures:
+    """What is known of a run while it goes on, without waiting for the device."""
     frames, fps, peak = run.speed()
     found = {"frames/s": "" if fps is None else f"{fps:.2f}", "frames": str(frames)}
     if (held := run.held()) is not None:
         tokens, size = held
         found |= {"cache, tokens a layer": f"{tokens:,}", "cache, memory": readable(size)}
-    return found | {_peak_of(run.report().environment["device"]): readable(peak)}
+    return found | {_peak(pipe): readable(peak)}
 
 
-def final(report: Report) -> Figures:
+def final(report: Report, pipe: Any) -> Figures:
     """What was measured of a run that is over."""
     seconds = {name: value for name, value in report.seconds.items() if value is not None}
     found = {
@@ -126,8 +127,7 @@ def final(report: Report) -> Figures:
     if report.blocks:
         last = report.blocks[-1]
         found |= {"cache, tokens a layer": f"{last['tokens']:,}", "cache, memory": readable(last["bytes"])}
-    peak = _peak_of(report.environment["device"])
-    return found | {peak: readable(report.peak_memory_bytes), "kernel": report.kernel}
+    return found | {_peak(pipe): readable(report.peak_memory_bytes), "kernel": report.kernel}
 
 
 def techniques(report: Report) -> list[list[str]]:
@@ -150,8 +150,19 @@ def verdict(fast: Report, dense: Report) -> str:
     return f"Accelerated: {'; '.join(sentences)}. One run each, so small differences are scatter."
 
 
-def _peak_of(device: str) -> str:
-    return "peak memory of the process so far" if "cpu" in device else "peak memory"
+def disturbed(fast: Report, dense: Report) -> str | None:
+    """A sentence where decoding, the same work in both, took so differently that the machine must have been busy."""
+    a, b = fast.seconds["decode"], dense.seconds["decode"]
+    if not (a and b) or max(a, b) < UNEVEN * min(a, b):
+        return None
+    return (
+        f"Decoding is the same work in both and took {a:.2f} s and {b:.2f} s: something else kept this machine busy, "
+        "so the comparison of speeds says little."
+    )
+
+
+def _peak(pipe: Any) -> str:
+    return "peak memory" if pipe._execution_device.type == "cuda" else "peak memory of the process so far"
 
 
 def _table(figures: dict[str, Figures]) -> dict[str, Sequence[Any]]:

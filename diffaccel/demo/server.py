@@ -1,5 +1,6 @@
 """The web server: the page, strips and files of results, and a policy that keeps browsers from asking anybody else."""
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -109,18 +110,21 @@ def build_server(desk: Desk) -> "fastapi.FastAPI":
         headers = {"Content-Disposition": f'attachment; filename="{result.name}.json"'}
         return JSONResponse({"settings": as_dict(result.asked), "reports": result.reports}, headers=headers)
 
-    gradio.mount_gradio_app(
-        app,
-        build_page(desk),
-        path="/",
-        theme=theme(),
-        css=style(),
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        ssr_mode=False,
-        max_file_size="1mb",  # nothing is uploaded
-    )
+    async def mount() -> None:  # in a loop, because Gradio starts one where there is none and never closes it
+        gradio.mount_gradio_app(
+            app,
+            build_page(desk),
+            path="/",
+            theme=theme(),
+            css=style(),
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            ssr_mode=False,
+            max_file_size="1mb",  # nothing is uploaded
+        )
+
+    asyncio.run(mount())
     return app
 
 
@@ -144,3 +148,4 @@ def serve(desk: Desk, sock: socket.socket) -> None:
         uvicorn.Server(config).run(sockets=[sock])
     finally:
         desk.close()
+        desk.models.close()

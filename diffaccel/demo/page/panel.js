@@ -1,7 +1,7 @@
 // What came of a request: players in sync, figures and sentences. Everything from outside goes in as text.
 const part = (name) => element.querySelector('[data-da="' + name + '"]');
 const canvas = part('canvas'), context = canvas.getContext('2d');
-let shown = null, playing = !matchMedia('(prefers-reduced-motion: reduce)').matches, at = 0, beside = false, before = 0;
+let shown = null, playing = !matchMedia('(prefers-reduced-motion: reduce)').matches, at = 0, beside = false, before = 0, followed = true;
 let pictures = new Map();
 
 const make = (tag, text, name) => {
@@ -61,6 +61,8 @@ function draw() {
   const [left, right] = shown.clips, [width, height] = left.size;
   const scale = Math.max(1, Math.ceil(384 / width)), wide = width * scale * (two() && beside ? 2 : 1);
   if (canvas.width !== wide || canvas.height !== height * scale) { canvas.width = wide; canvas.height = height * scale; }
+  const aspect = canvas.width / canvas.height; // no higher than the window, and as wide as its height allows
+  part('player').style.setProperty('--wide', 'min(' + (two() && beside ? 960 : 640) + 'px, ' + 70 * aspect + 'vh)');
   context.imageSmoothingEnabled = false;
   if (!two()) put(left, 0, 1, 0);
   else if (beside) { put(left, 0, 1, 0); put(right, 0, 1, 1); }
@@ -148,6 +150,7 @@ function update() {
     pictures = new Map();
     at = 0;
     if (next.settings) history.replaceState(null, '', '?settings=' + encodeURIComponent(next.settings));
+    followed = false;
   }
   shown = { clips: [], texts: [], notes: [], warnings: [], techniques: [], figures: { columns: [], rows: [] }, ...next };
   element.dataset.state = shown.state;
@@ -173,9 +176,14 @@ function update() {
   }
   part('texts').replaceChildren(...shown.texts.flatMap((one) => [make('h4', one.label), make('pre', one.text)]));
   table('figures', ['measured', ...shown.figures.columns], shown.figures.rows);
-  table('techniques', ['slot', 'technique', 'engaged', 'calls skipped', 'keys read'], shown.techniques);
+  table('techniques', ['slot', 'technique', 'engaged', 'skipped', 'keys read'], shown.techniques);
   sentences('notes', 'li', shown.notes);
   files();
+  if (!followed && (shown.error || shown.clips.length || shown.texts.length)) {
+    followed = true; // once: from then on the reader decides where to look
+    const top = element.getBoundingClientRect().top;
+    if (top < 0 || top > innerHeight / 2) element.scrollIntoView();
+  }
 }
 watch('value', update);
 update();
