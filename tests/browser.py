@@ -66,4 +66,5 @@ def requested(page) -> list[str]:
 
 def overflow(page) -> int:
     """Pixels by which the page is wider than its window."""
-    return page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    # not window.innerWidth: a phone zooms out until the page fits, and says so
+    return page.execute_script("const d = document.documentElement; return d.scrollWidth - d.clientWidth")

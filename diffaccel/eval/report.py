@@ -170,13 +170,14 @@ class Folder:
                 *([("Frontier", made)] if (made := tables.points(self.frontier)) else []),
             ],
             "units": found,
+            "shown": len(shown),
             "curves": [
                 pictures.curves([r for r in quality if (r["prompt"], r["seed"]) == unit], shown) for unit in with_curves
             ],
             "lengths": pictures.lengths(self.speed, shown),
             "frontier": pictures.frontier(self.frontier),
             "caches": pictures.caches(quality, shown),
-            "layers": [pictures.layers(quality, arm) for arm in shown],
+            "layers": [(arm, maps) for arm in shown if (maps := pictures.layers(quality, arm))],
             "left_out": len(self.arms) - len(shown),
             "gaps": self.gaps(),
             "settings": [

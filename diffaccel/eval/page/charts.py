@@ -85,9 +85,10 @@ def chart(
         "bottom": HEIGHT - _BOTTOM,
     }
     keys = [
-        Markup('<li><svg class="key {}" viewBox="0 0 26 10" aria-hidden="true">{}</svg>{}</li>').format(
-            s.css, _key(s), s.name
-        )
+        Markup(
+            '<li><svg class="key {}" viewBox="0 0 26 10" aria-hidden="true">{}</svg><span>{}</span>'
+            "<strong></strong></li>"
+        ).format(s.css, _key(s), s.name)
         for s in shown
     ]
     return Markup(

@@ -184,7 +184,7 @@ function draw(parent, tag, attributes) {
 /** What is under the pointer, or where the arrow keys have gone, in words below a chart. */
 class Reader {
   constructor(figure) {
-    this.svg = figure.querySelector("svg");
+    this.svg = figure.querySelector("svg[tabindex]");
     this.output = figure.querySelector("output");
     this.cursor = figure.querySelector(".cursor");
     this.number = -1;
@@ -204,6 +204,7 @@ class LineReader extends Reader {
   constructor(figure) {
     super(figure);
     this.data = JSON.parse(figure.dataset.chart);
+    this.values = [...figure.querySelectorAll(".legend strong")];
     const all = this.data.series.flatMap((series) => series.points.map((point) => point[0]));
     this.stops = [...new Set(all)].sort((a, b) => a - b);
   }
@@ -235,17 +236,21 @@ class LineReader extends Reader {
     const { top, bottom } = this.data;
     this.cursor.replaceChildren();
     draw(this.cursor, "line", { x1: x, x2: x, y1: top, y2: bottom });
-    const said = [];
+    const [said, noted] = [[], []];
     let where = "";
-    for (const series of this.data.series) {
+    this.data.series.forEach((series, index) => {
+      this.values[index].textContent = "";
       for (const [px, py, xs, ys, note] of series.points) {
         if (px !== x) continue;
         where = xs;
         draw(this.cursor, "circle", { cx: px, cy: py, r: 4 });
-        said.push(`${note || series.name}: ${ys}`);
+        this.values[index].textContent = ys;
+        if (note) noted.push(`${note}: ${ys}`);
+        else said.push(`${series.name}: ${ys}`);
       }
-    }
-    this.output.textContent = `${this.data.x} ${where}: ${said.join("; ")}`;
+    });
+    const heard = Object.assign(document.createElement("span"), { className: "heard", textContent: said.join("; ") });
+    this.output.replaceChildren([`${this.data.x} ${where}`, ...noted].join("; ") + " ", heard);
   }
 }
 

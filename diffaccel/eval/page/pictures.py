@@ -33,8 +33,10 @@ def curves(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[Marku
 
 
 def lengths(speed: Mapping[str, Any], arms: Sequence[str]) -> list[Markup]:
-    """Frames a second, and speed-up over dense, against the length of the video."""
+    """Frames a second, and speed-up over dense, against the length of the video; none for a single length."""
     found = speed["lengths"]
+    if len(found) < 2:
+        return []
     everywhere = [arm for arm in ("dense", *arms) if any(arm in here for here in found.values())]
     charts = []
     for part, title in (("denoise", "Denoising"), ("total", "End to end")):
@@ -84,19 +86,21 @@ def frontier(found: Mapping[str, Any]) -> list[Markup]:
     }
     charts = []
     for name, (label, cost) in costs.items():
-        shown: dict[str, list[tuple[float, float | None, str]]] = {"best": [], "beaten": [], "dense": []}
+        shown: dict[str, list[tuple[float, float | None, str]]] = {"best": [], "beaten": []}
+        dense: list[tuple[float, str]] = []
         for number, point in enumerate(settings):
             if (price := cost(point)) is None:
                 continue
-            dense, best = point["arm"] == "dense", found["marked"][name][number]
-            value = point["quality"]["noise_floor" if dense else way]["psnr_pooled"]
-            kind = "dense" if dense else "best" if best else "beaten"
-            shown[kind].append((price, value, point["arm"] if dense else f"{number}: {point['arm']}"))
+            if point["arm"] == "dense":  # so far above the others that a point would flatten them
+                floor = point["quality"]["noise_floor"]["psnr_pooled"]
+                dense.append((price, "dense" if floor is None else f"dense, noise floor {floor:.0f} dB"))
+                continue
+            kind = "best" if found["marked"][name][number] else "beaten"
+            shown[kind].append((price, point["quality"][way]["psnr_pooled"], f"{number}: {point['arm']}"))
         series = []
         for kind, title, style in (
             ("best", "nothing beats it", 0),
             ("beaten", "beaten by another", "other"),
-            ("dense", "dense, at its noise floor", "dense"),
         ):
             x, y, notes = (
                 zip(*sorted(shown[kind], key=lambda one: one[0]), strict=True) if shown[kind] else ((), (), ())
@@ -104,7 +108,9 @@ def frontier(found: Mapping[str, Any]) -> list[Markup]:
             series.append(Series(title, x, y, style, joined=kind == "best", marks=True, notes=notes))
         other = next((p["quality"]["other_seed"]["psnr_pooled"] for p in settings if p["arm"] == "dense"), None)
         level = None if other is None else (other, "another seed")
-        charts.append(chart(f"Quality against {name}", label, f"PSNR, {WAYS[way]}, dB", series, level=level))
+        charts.append(
+            chart(f"Quality against {name}", label, f"PSNR, {WAYS[way]}, dB", series, level=level, uprights=dense)
+        )
     return [made for made in charts if made is not None]
 
 

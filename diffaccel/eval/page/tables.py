@@ -108,13 +108,17 @@ def speeds(speed: Mapping[str, Any]) -> Table | None:
         for arm, found in arms.items():
             rates = [found["fps"][name] for name in ("denoise", "end_to_end")]
             cells = [_seconds(found["seconds"][part], (found.get("speedup") or {}).get(part)) for part in PARTS]
-            lines.append([Cell(str(frames)), Cell(arm), *cells, *(_number(rate, 2) for rate in rates), _memory(found)])
+            lines.append(
+                [Cell(str(frames)), Cell(arm, css="arm"), *cells, *(_number(rate, 2) for rate in rates), _memory(found)]
+            )
     heading = ["frames", "arm", *(f"{name}, s" for name in PARTS.values())]
     return Table([*heading, "frames/s, denoising", "frames/s, end to end", "memory"], lines, _break_even(speed))
 
 
 def _break_even(speed: Mapping[str, Any]) -> list[str]:
-    said = []
+    said: list[str] = []
+    if len(speed["lengths"]) < 2:
+        return said
     for arm, parts in speed["break_even"].items():
         for part, where in parts.items():
             if where is None:
@@ -139,7 +143,7 @@ def points(found: Mapping[str, Any]) -> Table | None:
         lines.append(
             [
                 Cell("" if dense else str(number)),
-                Cell(point["arm"], css="dense" if dense else ""),
+                Cell(point["arm"], css="arm"),
                 Cell("identical") if group["psnr_pooled"] is None else _number(group["psnr_pooled"], 1),
                 _number(group["ssim"]),
                 _number(total, 2),
@@ -148,7 +152,16 @@ def points(found: Mapping[str, Any]) -> Table | None:
                 Cell(" and ".join(best), css="good") if best else NOTHING,
             ]
         )
-    heading = ["", "setting", "PSNR dB", "SSIM", "end to end, s", "against dense", "memory", "nothing beats it in"]
+    heading = [
+        "number",
+        "setting",
+        "PSNR dB",
+        "SSIM",
+        "end to end, s",
+        "against dense",
+        "memory",
+        "nothing beats it in",
+    ]
     return Table(heading, lines, [f"Quality: {WAYS[found['way']]}; of dense, its noise floor."])
 
 
@@ -207,8 +220,9 @@ def _ratio(found: Mapping[str, Any] | None, below: str = "") -> Cell:
 def _seconds(spread: Mapping[str, Any] | None, ratio: Mapping[str, Any] | None) -> Cell:
     if spread is None:
         return NOTHING
-    beside = "" if ratio is None else f" · {_ratio(ratio).text}"
-    return Cell(f"{spread['median']:.2f}{beside}", f"{spread['least']:.2f} to {spread['most']:.2f}")
+    against, between = _ratio(ratio), f"{spread['least']:.2f} to {spread['most']:.2f}"
+    said = between if ratio is None else f"{between}, {against.text}"
+    return Cell(f"{spread['median']:.2f}", said, against.css if ratio else "")
 
 
 def _psnr(group: Mapping[str, Any] | None) -> Cell:
