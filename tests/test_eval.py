@@ -197,9 +197,12 @@ def test_a_torn_run_does_what_is_missing_from_the_dense_latents_it_kept(made, pi
         assert len(file.read_text().splitlines()) == 8
         arms_run.clear()
         (folder / "latents" / "p001-s3.pt").unlink()
+        unfinished = folder / "videos" / "p001-s3" / ".dense.partial-77.mp4"
+        unfinished.write_bytes(b"killed")
         file.write_bytes(b"".join(lines[:-1]))
         assert again(made, pipe)[-1]["scores"] == pytest.approx(rows[-1]["scores"])
         assert arms_run == ["dense", "shared_history"]
+        assert not unfinished.exists()
     finally:
         file.write_bytes(whole)
 

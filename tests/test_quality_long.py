@@ -1,6 +1,7 @@
 """MS-SSIM, LPIPS, CLIP, motion and drift: against independent implementations and values computed by hand."""
 
 import math
+import sys
 
 import cv2
 import numpy as np
@@ -63,6 +64,12 @@ def test_ms_ssim_refuses_frames_without_five_scales():
         ms_ssim(np.zeros((1, 160, 200, 3)), np.zeros((1, 160, 200, 3)))
 
 
+def test_ms_ssim_without_torchmetrics_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(MetricError, match=r"pip install 'diffaccel\[eval\]'"):
+        ms_ssim(np.zeros((1, 176, 176, 3)), np.zeros((1, 176, 176, 3)))
+
+
 # -- LPIPS -----------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +112,7 @@ def test_lpips_says_which_weights_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(MetricError, match="not in torch's cache; name a file with --lpips-weights"):
         Lpips()
-    with pytest.raises(MetricError, match="not at '.*none.pth'"):
+    with pytest.raises(MetricError, match=r"not at '.*none\.pth'"):
         Lpips(tmp_path / "none.pth")
     assert cached().parent.parent == tmp_path
     (tmp_path / "other.pth").write_bytes(b"no weights")
@@ -151,6 +158,9 @@ def test_clip_score_is_the_cosine_of_the_embeddings_over_frames(clip_model):
     score = ClipScore(clip_model)
     assert score(clip, "a red circle") == pytest.approx(100 * np.mean([max(c, 0) for c in cosines]), abs=1e-3)
     assert score(clip, "a red circle") != score(clip, "the blue square moves up")
+    with torch.no_grad():
+        score.model.visual_projection.weight.neg_()  # what was alike is opposed now
+    assert score(clip, "a red circle") == pytest.approx(100 * np.mean([max(-c, 0) for c in cosines]), abs=1e-3)
     assert 0 <= score(clip, "a red circle " * 20) <= 100  # longer than it reads
 
 

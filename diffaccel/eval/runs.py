@@ -103,6 +103,7 @@ def run_quality(
     store = Store(setup.out, ranks.rank, progress.note)
     if ranks.main:
         store.ask({**setup.asked(what), "measures": measures.to_dict()}, restart=restart)
+        store.sweep()
     ranks.wait()
     done = {row["key"] for row in store.rows("quality")}
     units = [

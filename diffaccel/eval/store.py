@@ -106,6 +106,11 @@ class Store:
             there = ", ".join(f"{k} {held['environment'].get(k)} there and {v} here" for k, v in elsewhere.items())
             self.note(f"the results in '{self.folder}' were begun elsewhere: {there}; seconds may not compare")
 
+    def sweep(self) -> None:
+        """Delete the unfinished files of processes that were killed; for one process, before any other writes."""
+        for file in self.folder.rglob(".*.partial-*"):
+            file.unlink()
+
     def clear(self) -> None:
         """Delete all results, but nothing that is not one."""
         for pattern in ("*.jsonl", "asked*.json", "summary.*"):
