@@ -33,7 +33,7 @@ from diffaccel.grid import Grid
 from diffaccel.run import Run
 from diffaccel.site import Phase
 
-from . import inputs, streaming
+from . import few_step, inputs, streaming
 from .graphed import GraphedForwards, forward
 from .inputs import Rollout, Sampler, block_ranges
 
@@ -338,12 +338,16 @@ class CausalWanPipeline(WanPipeline):
         """Takes one block from noise to a clean block, (B, C, n, h, w)."""
         call, scheduler = rollout.call, copy.deepcopy(rollout.scheduler)
         extra = {"generator": call.generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        fresh = few_step.fits(scheduler)
         for step, t in enumerate(scheduler.timesteps):
             if self.interrupt:
                 break
             self._current_timestep = t
             velocity = self._predict(rollout, run, index, latents, t, step, "denoise")
-            latents = scheduler.step(velocity, t, latents, return_dict=False, **extra)[0]
+            if fresh:
+                latents = few_step.step(scheduler, velocity, t, latents, call.generator)
+            else:
+                latents = scheduler.step(velocity, t, latents, return_dict=False, **extra)[0]
             if call.callback_on_step_end is not None:
                 everything = self._tensors(rollout, latents)
                 tensors = {name: everything.get(name) for name in call.callback_on_step_end_tensor_inputs}

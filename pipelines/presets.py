@@ -66,5 +66,5 @@ def auto(pipe: Any, num_frames: int, height: int, width: int, frames_per_block: 
     return chosen if device == "cuda" else balanced(), f"techniques on: {seen}"
 
 
-PAYS = {"cpu": 0.3, "cuda": 1.0}
+PAYS = {"cpu": 0.3, "cuda": 3.0}
 """Attention to the past over the rest of a forward, in operations, from which techniques pay (samples/RESULTS.md)."""

@@ -7,12 +7,14 @@
 `bench_cache.py`, the transformer's blocks compiled. First the decoder: diffusers' own, and the short way
 (`fast_vae`), milliseconds a pixel frame. Then arms that have one technique more each, at 10, 60 and 120 seconds of
 video: a block's milliseconds with nothing waited for inside, medians of several blocks; frames a second of denoising,
-and with the VAE one after the other and beside it on a stream of its own; and for how much of a block the GPU works.
+and with the VAE one after the other, beside it on a stream of its own, and on a second GPU where there is one; and for
+how much of a block the GPU works. At each length the parts of one block follow, each waited for.
 Graphs are compared with the forwards they stand for.
 Results go to DIR/stream.jsonl as they come.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -254,13 +256,12 @@ def streams(
 
 
 def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, latents: Tensor, block_ms: float) -> None:
-    """A block and its pixels, one after the other and overlapped."""
+    """A block and its pixels, one after the other, overlapped, and with the VAE on a second GPU where there is one."""
     decoder = StreamingDecoder(vae)
-    decodes = Decodes(decoder)
     decoder.decode(latents)
-    after = rollout.timed(lambda: (rollout.steps(), decoder.decode(latents)))
+    fps = {"after": rollout.timed(lambda: (rollout.steps(), decoder.decode(latents)))}
 
-    def beside() -> None:
+    def beside(decodes: Decodes) -> None:
         waiting = None
         for _ in range(BLOCKS):
             rollout.steps()
@@ -270,10 +271,17 @@ def with_vae(bench: Bench, what: str, rollout: Stream, vae: AutoencoderKLWan, la
             waiting = pixels
         assert waiting is not None
         waiting()
+        synchronise(latents)
 
-    ms = rollout.timed(beside, 1) / BLOCKS
+    ways = {"beside": Decodes(decoder)}
+    if torch.cuda.device_count() > 1:
+        ways["second_gpu"] = Decodes(StreamingDecoder(copy.deepcopy(vae).to("cuda:1")))
+    for way, decodes in ways.items():
+        beside(decodes)
+        fps[way] = rollout.timed(lambda decodes=decodes: beside(decodes), 1) / BLOCKS
     share = rollout.busy(block_ms) if bench.device.type == "cuda" else 0.0
-    bench.say(f"{what}, with the VAE", fps_after=1e3 * PIXELS / after, fps_beside=1e3 * PIXELS / ms, gpu_busy=share)
+    found = {f"fps_{way}": 1e3 * PIXELS / ms for way, ms in fps.items()}
+    bench.say(f"{what}, with the VAE", **found, gpu_busy=share)
 
 
 if __name__ == "__main__":

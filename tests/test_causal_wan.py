@@ -14,7 +14,7 @@ from tiny import CHANNELS, HEIGHT, TEXT_DIM, WIDTH, tiny_components, tiny_pipeli
 
 from diffaccel import Accel, RollingRebased, SinkRecent
 from diffaccel.errors import KnobError, UnsupportedError
-from diffaccel.pipelines import CausalWanPipeline, block_ranges
+from diffaccel.pipelines import CausalWanPipeline, block_ranges, few_step
 from diffaccel.pipelines.inputs import block_schedule
 from diffaccel.pipelines.streaming import encode
 
@@ -153,6 +153,27 @@ def test_few_step_equals_predict_and_renoise(pipe):
     expected = oracle(pipe.transformer, noise, texts(pipe, PROMPT), [1, 3, 3], sigmas, 1.0, fresh=fresh)
     assert pipe.guidance_scale == 1.0
     assert distance(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("generators", [1, 2, "on the device"])
+def test_a_few_step_is_the_schedulers_bit_for_bit(generators, device):
+    def seeded():
+        if generators == "on the device":
+            return torch.Generator(device).manual_seed(1)
+        found = [torch.Generator().manual_seed(seed) for seed in range(generators)]
+        return found if generators > 1 else found[0]
+
+    latents = torch.randn(2, 4, 3, 6, 5, device=device)
+    stock, ours = (block_schedule(FlowMatchEulerDiscreteScheduler(), "few_step", 3, device=device) for _ in range(2))
+    assert few_step.fits(ours)
+    assert not few_step.fits(FlowMatchEulerDiscreteScheduler())
+    drawn, again, found, expected = seeded(), seeded(), latents, latents
+    for t in ours.timesteps:
+        velocity = torch.randn(latents.shape, device=device).bfloat16().float()
+        expected = stock.step(velocity, t, expected, generator=drawn, return_dict=False)[0]
+        found = few_step.step(ours, velocity, t, found, again)
+        assert torch.equal(found, expected)
 
 
 def test_few_step_levels_are_self_forcings(pipe):

@@ -205,3 +205,27 @@ def test_graphs_of_an_earlier_run_are_not_freed_in_the_middle_of_a_capture(monke
         gc.set_threshold(*thresholds)
     assert len(held) == 2
     assert gc.isenabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REPEAT)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_host_waits_for_nothing_while_a_block_is_denoised(name, graphs, monkeypatch):
+    """Once blocks repeat; a commit may read how many entries there are."""
+    pipe = tiny_pipeline(sampler="few_step").to("cuda", torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    denoise, watched = type(pipe)._denoise_block, []
+
+    def watching(self, rollout, run, index, *rest):
+        if index < 4:
+            return denoise(self, rollout, run, index, *rest)
+        watched.append(index)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return denoise(self, rollout, run, index, *rest)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(type(pipe), "_denoise_block", watching)
+    made(pipe, REPEAT[name], graphs=graphs, num_inference_steps=4)
+    assert watched == [4, 5]

@@ -1,8 +1,9 @@
 """Streamed decode is whole decode: bit for bit frame by frame, within rounding several frames a call."""
 
+import numpy as np
 import pytest
 import torch
-from tiny import CHANNELS, tiny_vae
+from tiny import CHANNELS, tiny_pipeline, tiny_vae
 
 from diffaccel.errors import UnsupportedError
 from diffaccel.pipelines import StreamingDecoder
@@ -172,3 +173,24 @@ def test_offloaded_weights_move_once_a_video(offloaded, monkeypatch):
         vae._hf_hook = object()
     Decodes(StreamingDecoder(vae))
     assert made == ([] if offloaded else [torch.device("cuda")])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cuda:0", "cuda:1"])
+def test_decoding_beside_denoising_gives_the_same_frames(place):
+    if int(place[-1]) >= torch.cuda.device_count():
+        pytest.skip("one GPU")
+    pipe = tiny_pipeline(sampler="few_step").to("cuda:0")
+    settings = {"height": 64, "width": 64, "num_frames": 33, "num_inference_steps": 2, "output_type": "np"}
+
+    def made(overlap):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            return list(pipe.stream("a red circle", generator=generator, overlap=overlap, **settings))
+
+    plain = made(overlap=False)
+    pipe.vae.to(place)
+    beside = made(overlap=True)
+    assert len(beside) == len(plain) > 2
+    for one, other in zip(beside, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -34,6 +34,7 @@ from .checks import (
     parse_size,
     read_first_frame,
     read_prompts,
+    replays,
     require,
     say,
 )
@@ -100,8 +101,12 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
     compiling: Annotated[str, typer.Option("--compile", help=_COMPILE)] = "auto",
     graphs: Annotated[
-        bool, typer.Option("--graphs", help="replay forwards that repeat as CUDA graphs; attention is not timed then")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="replay forwards that repeat as CUDA graphs; attention is not timed then  [default: with preset auto]",
+        ),
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for pictures of the cache: length, recall, time")] = None,
@@ -156,7 +161,8 @@ def generate(
         accel = accel_for(pipe, preset, changes or [], arguments)
         check_arguments(pipe, accel, arguments, texts)
         fps = given.fps if fps is None else fps
-        if graphs:
+        alone = preset == "auto" and not comparing and plots is None and profile is None
+        if graphs or (graphs is None and alone and replays(pipe, accel)):
             arguments["graphs"] = True
         if sentence := compile_if(compiling, pipe, *to_come(pipe, arguments, len(texts) * (1 + comparing))):
             say(f"note: {sentence}")

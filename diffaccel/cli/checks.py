@@ -228,6 +228,13 @@ def check_graphs(pipe: Any, *, comparing: bool, observing: bool) -> None:
     require(why is None, f"--graphs captures forwards of weights that stay on a GPU, and {why}")
 
 
+def replays(pipe: Any, accel: "Accel") -> bool:
+    """Whether forwards of the pipeline under techniques can be replayed as CUDA graphs."""
+    from ..pipelines.graphed import unfit
+
+    return bool(accel.policies()) and getattr(pipe, "block_causal", False) and unfit(pipe.transformer) is None
+
+
 def check_profile(trace: Path, blocks: int, *, comparing: bool) -> None:
     """Rules of --profile."""
     require(not comparing, "--profile traces one generation, and --compare makes several; leave one of the two out")

@@ -29,8 +29,7 @@ class Config:
     """How the kernel is cut and run: a tile of queries by a tile of keys.
 
     With `tma` copies go through the copy engine of Hopper and later; a block must then hold whole tiles of keys.
-    `stages` is the number of tiles of keys held at a time. `registers` bounds those of a thread, so that a second
-    program finds room on the same multiprocessor and computes softmax while the first multiplies.
+    `stages` is the number of tiles of keys held at a time.
     """
 
     queries: int
@@ -38,13 +37,9 @@ class Config:
     warps: int
     stages: int
     tma: bool = False
-    registers: int | None = None
 
 
 CANDIDATES = (
-    Config(128, 128, 8, 3, tma=True, registers=128),
-    Config(128, 128, 8, 2, tma=True, registers=128),
-    Config(128, 64, 8, 2, tma=True, registers=128),
     Config(128, 128, 8, 3, tma=True),
     Config(128, 128, 8, 2, tma=True),
     Config(128, 64, 8, 4, tma=True),
@@ -61,8 +56,8 @@ CANDIDATES = (
 )
 # by channels (a power of two), keys of a block and the major compute capability; `scripts/bench_sparse.py` times them
 _BEST = {
-    (64, 128, 9): Config(128, 128, 8, 3, tma=True),
-    (64, 64, 9): Config(128, 64, 8, 4, tma=True),
+    (64, 128, 9): Config(64, 128, 4, 2, tma=True),
+    (64, 64, 9): Config(64, 64, 4, 2, tma=True),
     (128, 128, 9): Config(64, 64, 4, 3, tma=True),
     (128, 64, 9): Config(64, 64, 4, 3, tma=True),
     (256, 128, 9): Config(128, 64, 8, 2, tma=True),
@@ -306,7 +301,6 @@ def attend(
         QUERY_BLOCK=blocks.query_block, KEY_BLOCK=key_block, D=dim, WIDTH=width,
         QUERIES=config.queries, KEYS=config.keys, TMA=tma, RAGGED=part is None and keys % key_block != 0,
         num_warps=config.warps, num_stages=config.stages,
-        **({} if config.registers is None else {"maxnreg": config.registers}),  # no option of every GPU
     )  # fmt: skip
     return out, lse
 
