@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 14, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 14, 42
 STYLES = 8
 """Colours of page.css; further series begin again with other dashes."""
 
@@ -65,7 +65,8 @@ def chart(
         parts.append(_text(WIDTH - _RIGHT - 4, up(level[0]) - 5, level[1], "label end"))
     for x, name in uprights:
         parts.append(_line(across(x), _TOP, across(x), HEIGHT - _BOTTOM, "level"))
-        parts.append(_text(across(x) + 4, _TOP + 10, name, "label"))
+        right = across(x) > WIDTH / 2
+        parts.append(_text(across(x) + (-4 if right else 4), _TOP + 10, name, "label end" if right else "label"))
     for s in shown:
         parts += _draw(s, across, up)
     data = {

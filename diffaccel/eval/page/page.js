@@ -150,6 +150,7 @@ class Player {
     const wiped = this.wipes.checked;
     this.stage.classList.toggle("wiped", wiped);
     this.wipe.hidden = !wiped;
+    this.stage.style.setProperty("--edge", `${this.edge.value}%`);
     this.videos[1].style.clipPath = wiped ? `inset(0 0 0 ${this.edge.value}%)` : "";
   }
 
