@@ -267,7 +267,7 @@ MISTAKES = {
     "size": (["p", "--size", "wide"], "--size takes width x height"),
     "steps": (["p", "--steps", "0"], "--steps must be at least 1"),
     "fps": (["p", "--fps", "0"], "--fps must lie in"),
-    "preset": (["p", "--preset", "exakt"], "exact, balanced, fast; did you mean 'exact'"),
+    "preset": (["p", "--preset", "exakt"], "exact, balanced, fast, auto; did you mean 'exact'"),
     "method": (["p", "--set", "cache=TempCash"], "did you mean 'TempCache'"),
     "knob": (["p", "--set", "cache.treshold=0.5"], "did you mean 'threshold'"),
     "slot": (["p", "--set", "cash.threshold=0.5"], "did you mean 'cache'"),
