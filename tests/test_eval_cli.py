@@ -69,6 +69,14 @@ def test_prompts_are_read_from_a_file_and_what_was_left_out_is_said(run, tmp_pat
     assert "frames differ (frames there: 5; here: 13)" in other.stderr
 
 
+def test_a_stock_pipeline_is_measured_with_the_preset_it_takes(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", "quality", "a red circle", *SMALL, "--frames", "5", "--model", str(model), "--pipeline", "stock"]
+    result = CliRunner().invoke(app, [*command, "-o", "out"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert {row["arm"] for row in Store("out").rows("quality")} == {"exact", "dense"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

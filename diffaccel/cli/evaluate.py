@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +43,10 @@ _MODEL = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '
 Out = Annotated[Path, typer.Option("-o", "--out", help="folder of the results; asked again, a run goes on in it")]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="what to show; quote each one")]
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")]
-Presets = Annotated[str, typer.Option("--presets", help="with commas between: exact, balanced, fast")]
+Presets = Annotated[
+    str | None,
+    typer.Option("--presets", help="with commas between  [default: balanced,fast, or exact for a stock pipeline]"),
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="of every preset, as in generate")
 ]
@@ -80,7 +83,7 @@ def quality(
     out: Out,
     texts: Texts = None,
     prompts_file: PromptsFile = None,
-    presets: Presets = "balanced,fast",
+    presets: Presets = None,
     changes: Changes = None,
     seeds: Seeds = "0",
     model: Model = None,
@@ -107,11 +110,10 @@ def quality(
     with one_sentence():
         arms = _preset_arms(presets, changes or [])
         call = _Call(frames, size, steps, guidance, negative, sampler)
-        setup, ranks = _open(
-            out, arms, _prompts(texts, prompts_file), _seeds(seeds), call, model, pipeline, dtype, device, offload, fps
-        )
+        given = _prompts(texts, prompts_file)
+        setup, ranks = _open(out, arms, given, _seeds(seeds), call, model, pipeline, dtype, device, offload, fps)
         measures = _measures(setup, lpips_weights, clip, judge)
-        _compile(compiling, setup, len(setup.prompts) * len(setup.seeds) * (3 + 2 * len(arms)))
+        _compile(compiling, setup, len(setup.prompts) * len(setup.seeds) * (3 + 2 * len(setup.arms)))
         from ..eval.runs import run_quality
 
         with _working(setup, "quality") as (setup, progress):
@@ -132,7 +134,7 @@ def throughput(
     prompt: Annotated[str | None, typer.Argument(help="what to show; quote it")] = None,
     lengths: Annotated[str, typer.Option("--frames", help="pixel frames, 1 + 4k, with commas between")] = "33,81,161",
     rounds: Rounds = 3,
-    presets: Presets = "balanced,fast",
+    presets: Presets = None,
     changes: Changes = None,
     seed: Seed = 0,
     model: Model = None,
@@ -165,7 +167,7 @@ def throughput(
         setup, ranks = _open(out, arms, texts, [seed], call, model, pipeline, dtype, device, offload, fps)
         _check_lengths(setup, asked)
         measures = _measures(setup, lpips_weights, clip, judge)
-        _compile(compiling, setup, len(asked) * rounds * (1 + len(arms)))
+        _compile(compiling, setup, len(asked) * rounds * (1 + len(setup.arms)))
         if ranks.main:
             with _working(setup, "throughput") as (setup, progress):
                 rows = run_throughput(
@@ -228,7 +230,8 @@ def frontier(
             check_plots()
         given = _prompts(texts, prompts_file) if texts or prompts_file else [DEFAULT_PROMPT]
         call = _Call(frames, size, steps, guidance, negative, sampler)
-        setup, ranks = _open(out, arms, given, _seeds(seeds), call, model, pipeline, dtype, device, offload, fps)
+        asked = _seeds(seeds)
+        setup, ranks = _open(out, lambda _: arms, given, asked, call, model, pipeline, dtype, device, offload, fps)
         measures = _measures(setup, lpips_weights, clip, judge)
         _compile(compiling, setup, len(given) * len(setup.seeds) * (3 + 2 * len(arms)) + rounds * len(arms))
         with _working(setup, "frontier") as (setup, progress):
@@ -309,7 +312,7 @@ class _Call:
 
 def _open(
     out: Path,
-    arms: "dict[str, Arm]",
+    arms_of: "Callable[[bool], dict[str, Arm]]",
     prompts: list[str],
     seeds: list[int],
     call: _Call,
@@ -329,8 +332,9 @@ def _open(
 
     pipe, given = open_pipeline(model, pipeline, dtype, device, offload)
     arguments = call.arguments(given)
+    arms = arms_of(bool(getattr(pipe, "block_causal", False)))
     for number, arm in enumerate(arms.values()):
-        check_arguments(pipe, arm.accel, arguments, prompts if number == 0 else prompts[:1])
+        check_arguments(pipe, arm.accel, arguments, prompts if number == 0 else [])
     command = shlex.join(["diffaccel", *sys.argv[1:]])
     return Setup(pipe, arms, out, prompts, seeds, arguments, model or BUNDLED_MODELS[0], command, fps), ranks()
 
@@ -355,16 +359,25 @@ def _preset_names() -> list[str]:
     return list(PRESETS)
 
 
-def _preset_arms(presets: str, changes: Sequence[str]) -> "dict[str, Arm]":
+def _preset_arms(presets: str | None, changes: Sequence[str]) -> "Callable[[bool], dict[str, Arm]]":
+    """The arms of a pipeline that is causal (True) or not: those that were asked for, which are settings, or usual."""
     from ..eval.arms import Arm
 
+    def of(text: str) -> "dict[str, Arm]":
+        return {name: Arm(build_accel(name, changes), name, asked) for name in _presets(text)}
+
+    asked = dict(change.split("=", 1) for change in changes if "=" in change)
+    found = of("balanced,fast" if presets is None else presets)  # mistakes are found before anything is opened
+    return lambda causal: found if causal or presets is not None else of("exact")
+
+
+def _presets(presets: str) -> list[str]:
     names = [name.strip() for name in presets.split(",") if name.strip()]
     require(bool(names), f"--presets names none; choose of {', '.join(_preset_names())}")
     require(len(set(names)) == len(names), f"--presets names one twice: {presets}")
     for name in names:
         choose(name, _preset_names(), "preset")
-    asked = dict(change.split("=", 1) for change in changes if "=" in change)
-    return {name: Arm(build_accel(name, changes), name, asked) for name in names}
+    return names
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
