@@ -502,3 +502,5 @@ def test_results_are_served_by_their_keys_alone(desk):
     for path in ("dense/9.jpg", "dense/-1.jpg", "other.mp4", "other/0.jpg", "..%2f..%2fpyproject.toml", "%2e%2e.mp4"):
         assert client.get(f"/results/{key}/{path}").status_code == 404, path
     assert client.get("/results/none/report.json").status_code == 404
+    request.result.clips[0].file = None  # as long as it is made
+    assert client.get(f"/results/{key}/dense.mp4").status_code == 404

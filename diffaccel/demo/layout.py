@@ -275,17 +275,14 @@ def _started(desk: Desk, tab: Tab, buttons: tuple[gr.Button, gr.Button], prompt:
         except (UsageError, DiffaccelError) as error:
             yield problem(str(error)), gr.skip(), gr.skip()
             return
-        try:
-            yield job.state(), gr.Button(interactive=False), gr.Button(interactive=True)
-            shown = None
-            while not job.ticket.over:
-                if (state := job.state()) != shown:
-                    shown = state
-                    yield state, gr.skip(), gr.skip()
-                await asyncio.sleep(_POLL)
-            yield job.state(), gr.Button(interactive=True), gr.Button(interactive=False)
-        finally:
-            job.cancel()  # nothing once it is over; else the page is gone
+        yield job.state(), gr.Button(interactive=False), gr.Button(interactive=True)
+        shown = None
+        while not job.ticket.over:
+            if (state := job.state()) != shown:
+                shown = state
+                yield state, gr.skip(), gr.skip()
+            await asyncio.sleep(_POLL)
+        yield job.state(), gr.Button(interactive=True), gr.Button(interactive=False)
 
     gr.on([start.click, prompt.submit], run, tab.parts, [tab.panel, start, cancel], concurrency_limit=None, **_PRIVATE)
 
