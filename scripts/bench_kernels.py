@@ -8,7 +8,7 @@ whole clip over itself (32 760 x 32 760). Dense: all kernels that run here and f
 kernel, FA4 and flex_attention over the same random lists, all of one length in ascending order, 128 queries a list,
 keys in blocks of 128 and of 64. TFLOP/s count the pairs of a query and a key that are read. Every group of arms is
 timed with the preferred dense kernel among them, alternating, and shares are of its rate there; the last column is a
-share of what a large bf16 matmul reached on an H100. Results go to DIR/kernels_64.jsonl and DIR/kernels_128.jsonl as
+share of what a large bf16 matmul reached on an H200. Results go to DIR/kernels_64.jsonl and DIR/kernels_128.jsonl as
 they come.
 """
 
@@ -25,7 +25,7 @@ from diffaccel.kernel.block_sparse import block_sparse, by_fa4
 from diffaccel.kernel.merge import HAS_TRITON
 
 MATMUL = 795.0
-"""TFLOP/s of a bf16 matmul of 8192^3 on an H100."""
+"""TFLOP/s of a bf16 matmul of 8192^3 on an H200."""
 
 DIMS = (64, 128)
 FULL = {

@@ -349,6 +349,7 @@ class Flex:
 
         self.inputs = [x.transpose(1, 2) for x in (q, k, v)]
         self.scale, self.error = scale, ""
+        torch._dynamo.reset()  # every shape compiles anew, and past a limit nothing would be compiled
         self.attend = torch.compile(flex_attention, dynamic=False)
 
     def arm(self, blocks: BlockLists | None) -> Arm | None:

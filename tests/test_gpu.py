@@ -64,7 +64,10 @@ def test_entries_come_from_page_locked_memory_as_they_went(pipe, knobs):
     found = [
         generate(pipe, Accel(cache=TempCache(0.3, hold=hold, **knobs)), num_frames=49) for hold in ("device", "host")
     ]
-    assert torch.equal(found[0][0], found[1][0])
+    if pipe.dtype == torch.float32 or knobs.get("bits"):
+        assert torch.equal(found[0][0], found[1][0])
+    else:  # on the device they are read in one launch, where they lie
+        assert float((found[0][0] - found[1][0]).abs().max()) <= allowed(pipe)[1]
     device, host = (run.report().cache for _, run in found)
     assert "host_bytes" not in device
     assert host["host_bytes"] > 0
