@@ -3,8 +3,15 @@
 import asyncio
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -33,6 +40,7 @@ from diffaccel.settings import UsageError, build_accel
 from diffaccel.techniques import TECHNIQUES
 from diffaccel.video import read_video, to_uint8
 
+ROOT = Path(__file__).resolve().parent.parent
 GENERATION = {"width": 48, "height": 32, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 2, "fps": 16}
 ENGAGES = ("cache.threshold=0", "cache.recent_frames=0", "reuse.refresh=0,2", "reuse.min_past=1")
 
@@ -483,6 +491,33 @@ def test_mistakes_of_the_command_are_one_sentence(arguments, sentence, tmp_path,
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as SIGINT")
+def test_ctrl_c_ends_the_server(folders, tmp_path):
+    command = [sys.executable, "-m", "diffaccel", "demo", "--model", folders / "causal", "--text-model", "none"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, "--port", "0"], cwd=tmp_path, env=environment, text=True, start_new_session=True, **pipes
+    ) as process:
+        try:
+            address = process.stdout.readline().split()[2]
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    with urllib.request.urlopen(address, timeout=60) as answer:
+                        assert b"gradio" in answer.read()
+                    break
+                except ConnectionError:
+                    assert time.monotonic() < deadline
+            os.killpg(process.pid, signal.SIGINT)
+            said, complained = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (0, "")
+    assert "Traceback" not in complained
+    assert "interrupted" not in complained
 
 
 def test_results_are_served_by_their_keys_alone(desk):

@@ -82,7 +82,7 @@ def _video(desk: Desk) -> Tab:
         with gr.Column(scale=2, min_width=300):
             fields = _shared(desk, usual, list(desk.models.videos), "what the video should show")
             fields["arms"] = gr.Radio(
-                [("accelerated and dense", "both"), "accelerated", "dense"], value=usual.arms, label="make"
+                list(Video.ARMS), value=usual.arms, label="make", info="both: on the same noise, one after the other"
             )
             fields["preset"] = gr.Radio(
                 list(PRESETS),

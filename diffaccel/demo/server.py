@@ -145,7 +145,8 @@ def serve(desk: Desk, sock: socket.socket) -> None:
 
     config = uvicorn.Config(build_server(desk), log_level="warning", timeout_graceful_shutdown=2)
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end
+            uvicorn.Server(config).run(sockets=[sock])
     finally:
         desk.close()
         desk.models.close()
