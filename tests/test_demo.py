@@ -493,6 +493,13 @@ def test_mistakes_of_the_command_are_one_sentence(arguments, sentence, tmp_path,
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(app, ["demo", "--port", "0"])
+    assert result.exit_code == 2
+    assert "pip install 'diffaccel[demo]'" in result.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as SIGINT")
 def test_ctrl_c_ends_the_server(folders, tmp_path):
     command = [sys.executable, "-m", "diffaccel", "demo", "--model", folders / "causal", "--text-model", "none"]

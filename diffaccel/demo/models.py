@@ -1,6 +1,5 @@
 """The models that a page offers: each opened once, with one thread that works for it."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +109,8 @@ class Models:
         return Video(frames=most, preset=default_preset(model.pipe), **side, **shared)
 
     def _usual_text(self, model: TextModel) -> Text:
-        usual, names = model.opened.usual, {item.name for item in dataclasses.fields(Text)}
-        known = {name: usual[name] for name in ("threshold", "temperature") if name in usual and name in names}
+        usual = model.opened.usual
+        known = {name: usual[name] for name in ("threshold", "temperature") if name in usual}
         tokens = min(self.limits.tokens, usual.get("max_tokens", 128))
         return Text(prompt=usual.get("prompt_example", ""), model=model.name, tokens=tokens, **known)
 
