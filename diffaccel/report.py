@@ -75,6 +75,7 @@ class LayerReport:
 class Report:
     """The report of a run; `to_json` is the stable format that `diffaccel generate --report` writes.
 
+    `kernel`: what attended, with the reason for the largest calls; `choices` has every one that was measured.
     `seconds`: `attention` (all attention calls; None on a GPU unless the run was asked for timing), `denoise`,
     `decode`, `total`, wall clock. `frames` counts pixel frames, `fps` is frames over total seconds.
     `peak_memory_bytes` is the allocator's peak on a GPU since the last generation began, and the process's on the CPU.
@@ -87,6 +88,7 @@ class Report:
 
     slots: dict[str, SlotReport]
     kernel: str
+    choices: list[str]
     seconds: dict[str, float | None]
     frames: int
     fps: float | None

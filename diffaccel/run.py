@@ -514,6 +514,7 @@ class Run:
         return Report(
             slots={slot: found.rounded() for slot, found in self.slots.items()},
             kernel=self._describe_kernel(),
+            choices=sorted({choice.why for choice in self._kernels.values() if choice.why}),
             seconds={
                 "attention": sum((self._seconds[key] for key in self._layers), 0.0) if measured else None,
                 "denoise": self._seconds["denoise"] or total - self._seconds["decode"],
@@ -534,12 +535,13 @@ class Run:
         )
 
     def _describe_kernel(self) -> str:
-        dense = ", ".join(sorted({found.kernel for found in self._kernels.values()})) or self.accel.kernel
-        why = sorted({found.why for found in self._kernels.values() if found.why})
-        found = "; ".join(
-            [dense, *why, *(f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items()))]
-        )
-        return found + (f"; {self.replayed} forwards replayed" if self.replayed else "")
+        """What attended, and why that: of the largest calls."""
+        found = [", ".join(sorted({choice.kernel for choice in self._kernels.values()})) or self.accel.kernel]
+        largest = max(self._kernels, key=lambda key: key[1].operations, default=None)
+        if largest is not None and self._kernels[largest].why:
+            found.append(self._kernels[largest].why)
+        found += [f"{what}: {', '.join(sorted(by))}" for what, by in sorted(self._paths.items())]
+        return "; ".join([*found, *([f"{self.replayed} forwards replayed"] if self.replayed else [])])
 
     def _describe_cache(self) -> dict[str, Any]:
         return self.cache.describe(self) if "cache" in self.slots else {}

@@ -3,10 +3,10 @@
     python scripts/bench_forward.py --out DIR          # one GPU, about two minutes
     python scripts/bench_forward.py --toy --out DIR    # any machine, seconds; figures mean nothing
 
-81 frames at 480x832 (32 760 tokens), 30 layers, one guidance branch, random weights. Arms alternate in one process, a
-few denoising steps at a time: the model as diffusers runs it, under `Accel()`, and under AnnSA, each with and without its
-blocks compiled. AnnSA sorts and chooses at the first of its steps and reads what was chosen at the later ones, so these
-stand apart. Results go to DIR/forward.jsonl as they come.
+81 frames at 480x832 (32 760 tokens), 30 layers, one guidance branch, random weights. Arms alternate, a few denoising
+steps at a time: the model as diffusers runs it, under `Accel()`, and under AnnSA, each with and without its blocks
+compiled. AnnSA sorts and chooses at the first of its steps and reads what was chosen at the later ones, so these stand
+apart. Results go to DIR/forward.jsonl as they come.
 """
 
 import argparse

@@ -224,7 +224,7 @@ def test_report_is_json_with_stable_keys(pipe):
     _, run = generate(pipe, Accel(cache=TempCache(threshold=0.3)))
     found = json.loads(run.report().to_json())
     assert set(found) == {
-        "slots", "kernel", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "blocks", "layers",
+        "slots", "kernel", "choices", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "blocks", "layers",
         "quality",
     }  # fmt: skip
     assert set(found["slots"]["cache"]) == {

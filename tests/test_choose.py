@@ -183,8 +183,16 @@ def test_a_run_chooses_by_size_and_reports_why(monkeypatch):
     assert run.kernel_for(q, 500) is run.kernel_for(q[:, 1:], 520) is kernel.sdpa
     assert run.kernel_for(q, 16) is kernel.reference
     assert asked == [("auto", 64, 512), ("auto", 64, 16)]
-    said = "reference, sdpa; reference: 1 ms at 64 x 16 x 2 x 8 in float32; sdpa: 1 ms at 64 x 512 x 2 x 8 in float32"
-    assert run.report().kernel == said
+    large, small = "sdpa: 1 ms at 64 x 512 x 2 x 8 in float32", "reference: 1 ms at 64 x 16 x 2 x 8 in float32"
+    assert run.report().kernel == f"reference, sdpa; {large}"
+    assert run.report().choices == [small, large]
+
+
+def test_small_calls_are_not_worth_a_measurement(a_gpu, monkeypatch):
+    monkeypatch.setattr(choose, "milliseconds", never)
+    size = Size(torch.bfloat16, 192, 2048, 4, 64)
+    assert size.operations < choose.LEAST_OPERATIONS < SIZE.operations
+    assert pick("auto", a_gpu, torch.bfloat16, 64, size) == Choice("fa3", "")
 
 
 @pytest.mark.parametrize("where", ["captured", "traced", "full"])

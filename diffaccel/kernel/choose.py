@@ -26,6 +26,9 @@ MOST_LANES = 32
 MOST_OPERATIONS = 1.2e12
 """Of a call that is measured: one or two milliseconds on a Hopper GPU."""
 
+LEAST_OPERATIONS = 2e9
+"""Of a call that is measured; smaller ones take some microseconds by any kernel."""
+
 MARGIN = 1.03
 """How many times as fast as the preferred kernel another has to be."""
 
@@ -45,6 +48,10 @@ class Size(NamedTuple):
     keys: int
     lanes: int
     head_dim: int
+
+    @property
+    def operations(self) -> int:
+        return 4 * self.queries * self.keys * self.lanes * self.head_dim
 
     def __str__(self) -> str:
         return f"{self.queries} x {self.keys} x {self.lanes} x {self.head_dim} in {str(self.dtype)[6:]}"
@@ -141,7 +148,7 @@ class Table:
 def fastest(candidates: Sequence[ModuleType], device: torch.device, size: Size) -> Choice:
     """The fastest of `candidates`, all usable on that GPU; the first of them where nothing can be measured."""
     first = candidates[0].name
-    if len(candidates) == 1:
+    if len(candidates) == 1 or size.operations < LEAST_OPERATIONS:
         return Choice(first, "")
     if torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling():
         return Choice(first, f"{first}: not measured at {size}, first met in a captured or compiled forward")
