@@ -224,8 +224,8 @@ def test_report_is_json_with_stable_keys(pipe):
     _, run = generate(pipe, Accel(cache=TempCache(threshold=0.3)))
     found = json.loads(run.report().to_json())
     assert set(found) == {
-        "slots", "kernel", "choices", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "blocks", "layers",
-        "quality",
+        "slots", "kernel", "choices", "seconds", "frames", "fps", "peak_memory_bytes", "cache", "environment", "blocks",
+        "layers", "quality",
     }  # fmt: skip
     assert set(found["slots"]["cache"]) == {
         "method", "knobs", "engaged", "calls", "skipped", "keys_kept", "keys_read", "keys_total", "bytes",
