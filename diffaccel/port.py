@@ -16,6 +16,7 @@ from .kernel.merge import HAS_TRITON
 from .rotary import rotate
 from .run import Run
 from .site import Part
+from .spread import Spread
 
 _PORTS: "weakref.WeakValueDictionary[int, Port]" = weakref.WeakValueDictionary()
 _next = 0
@@ -27,13 +28,18 @@ class Port:
     def __init__(self, run: Run, layer: int, part: Part) -> None:
         global _next
         self.run, self.layer, self.part = run, layer, part
+        self.spread: Spread | None = None  # where several devices share the model
         self.handle = torch.tensor(_next)
         _PORTS[_next] = self
         _next += 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        spread = self.spread if self.part == "self" else None  # all devices have the whole prompt
         with self.run.timed(q.device, self.layer, self.part):
-            return attend(q, k, v, self.run.site(self.layer, self.part), self.run)
+            if spread is not None:
+                q, k, v = map(spread.heads, (q, k, v))
+            out = attend(q, k, v, self.run.site(self.layer, self.part), self.run)
+            return out if spread is None else spread.tokens(out)
 
     def attend_projected(
         self, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor
@@ -42,7 +48,8 @@ class Port:
         if can_fuse(q):
             from .kernel.fused_rotary import norm_rotate
 
-            place = self.run.place_for(k, self.run.site(self.layer, self.part))
+            alone = self.spread is None
+            place = self.run.place_for(k, self.run.site(self.layer, self.part)) if alone else None
             q, k, v = norm_rotate(q, k, v, q_norm, k_norm, eps, cos, sin, place)
         else:
             q, k = (

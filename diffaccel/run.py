@@ -32,6 +32,7 @@ from .report import LayerReport, Report, SlotReport, environment
 from .reuse.history import History, index, without
 from .selection.blocks import Chosen, over_blocks, path
 from .site import FIELD, Part, Phase, Site
+from .spread import Spread
 
 if TYPE_CHECKING:
     from .accel import Accel
@@ -64,6 +65,7 @@ class Run:
             for slot, policy in self._policies.items()
         }
         self.extent: Extent | None = None
+        self.spread: Spread | None = None  # where several devices share the model
         self.rotary: tuple[Tensor, Tensor] | None = None  # tables (1, S, 1, D) of the forward that runs now
         self.later: Callable[[Tensor, int], Tensor] | None = None  # rotated keys (B, N, H, D), some frames later
         self.prompt_multiplicity: tuple[tuple[int, int], ...] | None = None

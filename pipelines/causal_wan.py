@@ -32,6 +32,7 @@ from diffaccel.errors import KnobError, UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.run import Run
 from diffaccel.site import Phase
+from diffaccel.spread import devices_of
 
 from . import few_step, inputs, streaming
 from .graphed import GraphedForwards, forward
@@ -327,7 +328,7 @@ class CausalWanPipeline(WanPipeline):
             frames=frames,
             block=Grid(max(1, min(block, frames) // p_t), height // scale // p_h, width // scale // p_w),
             layers=config.num_layers,
-            heads=config.num_attention_heads,
+            heads=config.num_attention_heads // devices_of(self.transformer),
             head_dim=config.attention_head_dim,
             rows=rows,
             branches=branches,

@@ -18,6 +18,7 @@ from diffaccel import replay
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.run import Run
+from diffaccel.spread import devices_of
 
 _MOST = 8  # graphs held, each with what a forward needs
 _REMEMBERED = 64
@@ -35,6 +36,8 @@ def unfit(model: Any) -> str | None:
     """Why forwards of a model cannot be captured, or None."""
     if model.device.type != "cuda":
         return f"these are on {model.device}; leave graphs out"
+    if devices_of(model) > 1:
+        return "these share a model with other devices; leave graphs out"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "offload moves these; leave one of the two out"
     return None

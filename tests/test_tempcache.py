@@ -25,7 +25,7 @@ def site(block, frames):
 
 
 def fake_run(scratch):
-    return SimpleNamespace(scratch=lambda *_: scratch, fired=lambda *_: None, rotary=None, extent=extent())
+    return SimpleNamespace(scratch=lambda *_: scratch, fired=lambda *_: None, rotary=None, extent=extent(), spread=None)
 
 
 def fill(policy, frames_THD, block_frames=2, scratch=None, run=None):

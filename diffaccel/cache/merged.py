@@ -6,7 +6,7 @@ and of which multiplicity), whatever the number of layers.
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..kernel.weighted import can_in_place, channels_of, spare
 from .entries import Entries, Lasting, Reader, Room
 from .shuttle import Shuttle, host_like
 from .store import Joined, Plain, Store, longer, make_store, portions, size_of
+
+if TYPE_CHECKING:
+    from ..spread import Spread
 
 ANCHOR = 32
 EXTRA_BYTES = 2 * ANCHOR + 12
@@ -56,6 +59,7 @@ class MergedTokens:
             nearest to their mean when it came.
         bits: 8, 4 or 2 to hold keys and values quantised; None holds them in the model's dtype.
         shuttle: what brings keys and values from the host's memory, if they are to lie there between commits.
+        spread: the devices that hold other heads, if there are any.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class MergedTokens:
         representative: str = "mean",
         bits: int | None = None,
         shuttle: Shuttle | None = None,
+        spread: "Spread | None" = None,
     ) -> None:
         rows, tokens, heads, dim = k.shape
+        self.spread = spread
         self.representative, self.rows, self.tokens, self.shuttle = representative, rows, tokens, shuttle
         self._away, self._parked = False, dict[int, list[Tensor]]()
         device, width = k.device, heads * dim
@@ -385,7 +391,10 @@ class MergedTokens:
             channels = channels_of(self.count.clamp(min=1), dim**-0.5, self.k.wide.dtype)
             self.k.wide[..., dim:] = channels[:, :, None]
 
-        most, self.bound = torch.stack([self.count.max().long(), self.used.max()]).tolist()
+        used = self.used.max()
+        if self.spread is not None:  # how many rounds `fold` takes goes by the longest row of all heads
+            used = self.spread.most(used)
+        most, self.bound = torch.stack([self.count.max().long(), used]).tolist()
         sizes = torch.zeros(self.rows, most + 1, dtype=torch.int64, device=order.device)
         sizes.scatter_add_(1, self.count.long(), torch.ones_like(self.count, dtype=torch.int64))
         frames = self.frame[:, : self.bound].to("cpu", torch.int64)

@@ -23,6 +23,7 @@ from .store import BITS, row_of, store_bytes
 
 if TYPE_CHECKING:
     from ..run import Run
+    from ..spread import Spread
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class TempCache(CachePolicy):
             representative = self.representative or _REPRESENTATIVES[self.variant]
             shuttle = state.shuttle if self.hold == "host" else None
             state.merged.append(
-                MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits, shuttle)
+                MergedTokens(k[:, :per_frame], v[:, :per_frame], room, representative, self.bits, shuttle, run.spread)
             )
         merged, rows = state.merged[number], slice(number * len(k), (number + 1) * len(k))
         merged.unpark()
@@ -348,7 +349,8 @@ class TempCache(CachePolicy):
         per_frame, tokens = site.grid.tokens_per_frame, site.grid.tokens
         blocks = [memory.exact.past().entries for memory in memories]
         if state.scale is None:
-            state.scale = self._scale([e.k[:, -tokens:] for e in blocks], [e.v[:, -tokens:] for e in blocks])
+            newest = ([getattr(e, name)[:, -tokens:] for e in blocks] for name in ("k", "v"))
+            state.scale = self._scale(*newest, run.spread)
             state.bar = self._thresholds(state.scale, len(memories))
         if self.matching == "entry" or self.threshold is None:
             return
@@ -378,11 +380,13 @@ class TempCache(CachePolicy):
         """Vectors that are matched and merged as one: of all heads (R, T, H, D), or of each (R * H, T, 1, D)."""
         return x_RTHD if self.heads == "shared" else x_RTHD.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
-    def _scale(self, k: list[Tensor], v: list[Tensor]) -> Tensor:
+    def _scale(self, k: list[Tensor], v: list[Tensor], spread: "Spread | None" = None) -> Tensor:
         """|k| |v| of every row, (R, 1): root mean squares over tokens (B, T, H, D), of keys over all layers too."""
         keys, values = (torch.stack([_squared(self._rows(x)).mean(1) for x in vectors]) for vectors in (k, v))
         if self.heads == "per_head":
-            keys = keys.unflatten(1, (len(k[0]), -1)).mean(2, keepdim=True).expand(-1, -1, k[0].shape[2]).flatten(1)
+            keys = keys.unflatten(1, (len(k[0]), -1)).mean(2, keepdim=True)
+            keys = keys if spread is None else spread.mean(keys)
+            keys = keys.expand(-1, -1, k[0].shape[2]).flatten(1)
         return (keys.mean(0) * values).sqrt().flatten()[:, None]
 
     def _similarity(self, a: "_Frame", b: "_Frame", scale: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from diffaccel.grid import Grid
 from diffaccel.joint import Text
 from diffaccel.port import Port, compiled_attend, compiled_attend_projected, compiled_attend_prompt
 from diffaccel.run import Run
+from diffaccel.spread import Spread
 
 from ._diffusers import HookRegistry, ModelHook, StateManager
 
@@ -70,10 +71,12 @@ class RootHook(ModelHook):
     _is_stateful = True
     # of the model's forward, in order
     arguments: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states")
+    branch_by: ClassVar[str] = "encoder_hidden_states"  # a tensor that pipelines keep, another for each branch
 
     def __init__(self, run: Run, patch: tuple[int, int, int]) -> None:
         super().__init__()
         self.run, self.patch = run, patch
+        self.spread: Spread | None = None  # where several devices share the model
         self.contexts = StateManager(dict)
         self.prompts: list[weakref.ref[Tensor]] = []  # of each branch, where the pipeline names none
 
@@ -83,19 +86,20 @@ class RootHook(ModelHook):
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if self.spread is not None:
+            self.spread.check(module.config.num_attention_heads, self.grid(given).tokens)
         self._enter(given)
         if self.run.looks_first():
             with self.run.full_field() as grid:
-                latents = self.shrunk(given["hidden_states"], grid)
-                if latents is not given["hidden_states"] and given["timestep"].ndim > 1:
+                small = self.smaller(given, grid)
+                if small["hidden_states"] is not given["hidden_states"] and given["timestep"].ndim > 1:
                     raise UnsupportedError(
                         "passes on a smaller grid are for one noise level a forward, and this pipeline gives each "
                         'token its own: take FullFieldGuide(shrink=1), guide_field="whole" of FreeSwimPipeline'
                     )
-                if args:
-                    module(latents, *args[1:], **kwargs)
-                else:
-                    module(**{**kwargs, "hidden_states": latents})
+                placed = [small.get(name, value) for name, value in zip(self.arguments, args, strict=False)]
+                named = {name: small.get(name, value) for name, value in kwargs.items()}
+                module(*placed, *args[len(placed) :], **named)
             self._enter(given)
         prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
         place = self.arguments.index("encoder_hidden_states")
@@ -103,9 +107,18 @@ class RootHook(ModelHook):
             return (*args[:place], prompt, *args[place + 1 :]), kwargs
         return args, {**kwargs, "encoder_hidden_states": prompt}
 
+    def step(self, given: dict[str, Any]) -> tuple[int | None, int | None]:
+        """The denoising step of this forward and how many there are, as far as the pipeline says."""
+        context = self.contexts._context
+        return (context.step_index, context.num_inference_steps) if context else (None, None)
+
     def grid(self, given: dict[str, Any]) -> Grid:
         """How the video's tokens lie."""
         return Grid(*(size // side for size, side in zip(given["hidden_states"].shape[2:], self.patch, strict=True)))
+
+    def smaller(self, given: dict[str, Any], grid: Grid) -> dict[str, Any]:
+        """The arguments that are others in a forward of as many tokens as `grid` has."""
+        return {"hidden_states": self.shrunk(given["hidden_states"], grid)}
 
     def shrunk(self, latents: Tensor, grid: Grid) -> Tensor:
         """Latents (B, C, L, h, w) of as many tokens as `grid` has, the nearest ones: a mean would have less noise."""
@@ -118,11 +131,12 @@ class RootHook(ModelHook):
 
     def _enter(self, given: dict[str, Any]) -> None:
         context = self.contexts._context
+        step, steps = self.step(given)
         self.run.enter(
             self.grid(given),
-            branch=context.name if context else self._branch(given["encoder_hidden_states"]),
-            step=context.step_index if context else None,
-            steps=context.num_inference_steps if context else None,
+            branch=context.name if context else self._branch(given[self.branch_by]),
+            step=step,
+            steps=steps,
             text=self.text(given),
         )
 
@@ -164,11 +178,14 @@ def exchange(
                 f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
                 "already: remove it first, diffaccel replaces the stock processor only"
             )
-        if attention.processor._parallel_config is not None:
+        shared = getattr(attention.processor, "_parallel_config", None)
+        if shared is not None and not getattr(processor, "spreads", False):
             raise UnsupportedError("context parallelism splits the tokens a policy decides about: disable it first")
+    run = ports[0][1].run
+    run.spread = hook.spread = Spread.of(getattr(ports[0][0].processor, "_parallel_config", None), run.accel)
     before = [attention.processor for attention, _ in ports]
     for attention, port in ports:
-        attention.processor = processor(port)
+        attention.processor, port.spread = processor(port), hook.spread
     attributes = set(vars(denoiser))
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     registry.register_hook(hook, _HOOK)

@@ -1,15 +1,16 @@
-"""Wan 2.1 and 2.2: `WanTransformer3DModel`, bidirectional or block-causal, without touching its code."""
+"""Wan 2.1 and 2.2: `WanTransformer3DModel`, bidirectional or block-causal, and `WanVACETransformer3DModel`."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor, nn
 
 from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
+from diffaccel.grid import Grid
 from diffaccel.port import Port
 from diffaccel.rotary import rotate
 from diffaccel.run import Run
@@ -23,21 +24,23 @@ from ._diffusers import (
 )
 from .common import RootHook, ToSeam, exchange, plain
 
+_MODELS = (WanTransformer3DModel, WanVACETransformer3DModel)
+
 
 class Wan:
-    """The family of `WanPipeline`, its image, video and two-stage variants and `CausalWanPipeline`."""
+    """The family of `WanPipeline`, its image, video, two-stage and VACE variants and `CausalWanPipeline`."""
 
     name = "Wan"
 
     def denoisers(self, pipe: Any) -> list[nn.Module]:
         found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-        return [denoiser for denoiser in found if isinstance(denoiser, WanTransformer3DModel)]
+        return [denoiser for denoiser in found if isinstance(denoiser, _MODELS)]
 
     def geometry(self, denoiser: Any) -> Geometry:
         config = denoiser.config
         return Geometry(
             backbone=type(denoiser).__name__,
-            layers=config.num_layers,
+            layers=len(_blocks(denoiser)),
             heads=config.num_attention_heads,
             head_dim=config.attention_head_dim,
             patch=tuple(config.patch_size),
@@ -51,12 +54,13 @@ class Wan:
 
     def install(self, denoiser: Any, run: Run, first_layer: int) -> Callable[[], None]:
         ports = []
-        for layer, block in enumerate(denoiser.blocks, first_layer):
+        for layer, block in enumerate(_blocks(denoiser), first_layer):
             ports += [(block.attn1, Port(run, layer, "self")), (block.attn2, Port(run, layer, "cross"))]
-        give_back = exchange(
-            denoiser, ports, WanAttnProcessor, _Processor, RootHook(run, tuple(denoiser.config.patch_size))
-        )
-        rope = denoiser.rope.register_forward_hook(_Rotary(run))
+        vace = isinstance(denoiser, WanVACETransformer3DModel)
+        hook, processor = (_VACEHook, _Processor) if vace else (RootHook, _Spread)
+        hooked = hook(run, tuple(denoiser.config.patch_size))
+        give_back = exchange(denoiser, ports, WanAttnProcessor, processor, hooked)
+        rope = denoiser.rope.register_forward_hook(_Rotary(run, ports[0][1]))
         run.later = partial(_later, denoiser.rope)
 
         def undo() -> None:
@@ -66,8 +70,22 @@ class Wan:
         return undo
 
 
-class _Processor(ToSeam, WanAttnProcessor):
-    """The stock processor with its kernel call replaced by the seam."""
+def _blocks(denoiser: Any) -> list[Any]:
+    """All blocks, those that carry VACE's control after the others: they run before them."""
+    return [*denoiser.blocks, *getattr(denoiser, "vace_blocks", ())]
+
+
+class _VACEHook(RootHook):
+    arguments = (*RootHook.arguments, "encoder_hidden_states_image", "control_hidden_states")
+
+    def smaller(self, given: dict[str, Any], grid: Grid) -> dict[str, Any]:
+        """The control lies as the latents do."""
+        control = self.shrunk(given["control_hidden_states"], grid)
+        return super().smaller(given, grid) | {"control_hidden_states": control}
+
+
+class WanToSeam(ToSeam):
+    """Wan's stock processor with its kernel call replaced by the seam, mixed into that or a copy of it."""
 
     def __call__(
         self,
@@ -116,11 +134,21 @@ class _Processor(ToSeam, WanAttnProcessor):
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2, 3)
 
 
+class _Processor(WanToSeam, WanAttnProcessor):
+    """Of Wan itself."""
+
+
+class _Spread(_Processor):
+    """Of the models whose tokens diffusers splits between devices."""
+
+    spreads = True
+
+
 class _Rotary:
     """Forward hook of the rotary module: the temporal angles start at the block's own first frame."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, port: Port) -> None:
+        self.run, self.port = run, port
         self.last: tuple[Any, tuple[Tensor, Tensor]] = (None, (torch.empty(0),) * 2)
 
     def __call__(self, rope: WanRotaryPosEmbed, args: tuple[Tensor], tables: tuple[Tensor, Tensor]) -> Any:
@@ -138,8 +166,11 @@ class _Rotary:
         self, rope: WanRotaryPosEmbed, tables: tuple[Tensor, Tensor], start: int, frames: int
     ) -> tuple[Tensor, Tensor]:
         cos, sin = (table.clone() for table in tables)
+        spread = self.port.spread  # the tables are of this device's tokens then
+        tokens = cos.shape[1] * (1 if spread is None else spread.size)
         for table, angles in zip((cos, sin), _time_angles(rope, start, frames), strict=True):
-            table[0, :, 0, : rope.t_dim] = angles.repeat_interleave(table.shape[1] // frames, 0)
+            every = angles.repeat_interleave(tokens // frames, 0)
+            table[0, :, 0, : rope.t_dim] = every if spread is None else spread.own(every, 0)
         return cos, sin
 
 
