@@ -71,7 +71,7 @@ def parse_knob(technique: "type[Policy]", name: str, text: str) -> Any:
     except ValueError:
         about = technique.knobs()[name].metadata.get("help", "")
         raise UsageError(
-            f"{technique.slot}.{name} takes {_type_name(kind)}, got '{text}' ({technique.__name__}.{name}: {about})"
+            f"{technique.slot}.{name} takes {type_name(kind)}, got '{text}' ({technique.__name__}.{name}: {about})"
         ) from None
 
 
@@ -116,17 +116,18 @@ def _parse(kind: Any, text: str) -> Any:
         return words[text.lower()]
     if kind in (int, float, str):
         return kind(text)
-    raise UsageError(f"a knob of type {_type_name(kind)} cannot be set on the command line; set it in Python")
+    raise UsageError(f"a knob of type {type_name(kind)} cannot be set on the command line; set it in Python")
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """What a knob of that type takes, in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in parts)
+        return " or ".join(type_name(part) for part in parts)
     if origin is Literal:
         return " or ".join(str(choice) for choice in parts)
     if origin is tuple:
-        return f"{_type_name(parts[0]).removeprefix('a ')}s with commas between"
+        return f"{type_name(parts[0]).removeprefix('a ')}s with commas between"
     names: dict[Any, str] = {
         int: "a whole number",
         float: "a number",
@@ -150,7 +151,7 @@ def describe_technique(technique: "type[Policy]") -> dict[str, Any]:
             {
                 "name": name,
                 "default": None if knob.default is dataclasses.MISSING else knob.default,
-                "type": _type_name(hints[name]),
+                "type": type_name(hints[name]),
                 "choices": knob.metadata.get("choices"),
                 "help": knob.metadata.get("help", ""),
             }

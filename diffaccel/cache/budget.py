@@ -51,6 +51,14 @@ def parse_budget(budget: int | str) -> tuple[float, str]:
     return amount, unit
 
 
+def parse_bytes(text: str) -> int:
+    """A number of bytes, such as "8GB". Raises `KnobError` for what is none."""
+    amount, unit = parse_budget(text)
+    if unit in ("tokens", "frames"):
+        raise KnobError(f'a memory is a number of bytes with its unit ("8GB"), got {text!r}')
+    return int(amount * _UNITS[unit])
+
+
 def readable(size: int) -> str:
     """Bytes in the largest unit of which there is one."""
     unit = next((name for name in ("GB", "MB", "kB") if size >= _UNITS[name.lower()]), "bytes")
@@ -67,5 +75,5 @@ def room_for(budget: int | str, extent: Extent, exact_tokens: int, bytes_per_tok
         return int(amount) - exact_tokens
     if unit == "frames":
         return int(amount) * extent.block.tokens_per_frame - exact_tokens
-    left = int(amount * _UNITS[unit]) - exact_tokens * extent.bytes_per_token
+    left = parse_bytes(str(budget)) - exact_tokens * extent.bytes_per_token
     return left // bytes_per_token - extent.block.tokens - spare

@@ -1,8 +1,8 @@
 """The `diffaccel` command: generate, compare, list what there is, and say what is wrong in one sentence.
 
-Exit codes: 0 done; 1 a technique asked for by --preset or --set never engaged (the video is kept), or `doctor` found
-the kernel in use to be wrong; 2 a mistake in what was asked, found before anything was computed; 130 interrupted (the
-frames so far are kept).
+Exit codes: 0 done; 1 a technique asked for by --preset or --set never engaged (the video is kept), `doctor` found the
+kernel in use to be wrong, or nothing that `tune` tried reached the target; 2 a mistake in what was asked, found before
+anything was computed; 130 interrupted (the frames so far are kept).
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ from .evaluate import app as evaluation
 from .job import Job, finish
 from .reporting import report as write_report
 from .show import counts_steps, print_report, progress_bar, readable
+from .tuning import tune
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -87,7 +88,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="the first frame")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="exact, balanced, fast or auto  [default: balanced, or exact for a stock pipeline]"),
+        typer.Option(help="exact, balanced, fast, auto or a file  [default: balanced, or exact for a stock pipeline]"),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -559,6 +560,7 @@ def doctor(
 
 app.command()(demo)
 app.command("report")(write_report)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

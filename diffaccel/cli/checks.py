@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from ..preset_file import given_preset, is_preset_file
 from ..ranks import ranks, speaks
 from ..settings import UsageError, build_accel
 from ..suggest import choose
@@ -140,12 +141,12 @@ def default_preset(pipe: Any) -> str:
 
 
 def check_preset(preset: str | None, changes: Sequence[str]) -> None:
-    """That there is such a preset and that changes fit one, as far as can be said without a pipeline."""
+    """That there is such a preset or file and that changes fit it, as far as can be said without a pipeline."""
     from ..pipelines.presets import PRESETS
 
-    if preset is not None:
+    if preset is not None and not is_preset_file(preset):
         choose(preset, (*PRESETS, "auto"), "preset")
-    build_accel("balanced" if preset is None or preset == "auto" else preset, changes)
+    build_accel("balanced" if preset is None or preset == "auto" else given_preset(preset), changes)
 
 
 def accel_for(pipe: Any, preset: str | None, changes: Sequence[str], arguments: dict[str, Any]) -> "Accel":
@@ -153,7 +154,7 @@ def accel_for(pipe: Any, preset: str | None, changes: Sequence[str], arguments: 
     from ..pipelines.presets import auto
 
     if preset != "auto":
-        return build_accel(preset or default_preset(pipe), changes)
+        return build_accel(given_preset(preset or default_preset(pipe)), changes)
     chosen, why = auto(pipe, *(arguments[name] for name in ("num_frames", "height", "width")))
     say(f"note: preset auto is {why}")
     return build_accel(chosen, changes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..preset_file import given_preset
 from ..ranks import Ranks
 from ..settings import UsageError, build_accel
 from .arms import Arm, Setup
@@ -37,7 +38,7 @@ def sweep_arms(
 ) -> dict[str, Arm]:
     """An arm for each point of the grid, named by what is swept; `most` of them, drawn by `seed`, if there are more.
 
-    Raises `UsageError` or `KnobError` for a point that is no setting.
+    `preset` is a name or a file. Raises `UsageError` or `KnobError` for a point that is no setting.
     """
     if not sweeps:
         raise UsageError("a frontier needs something to sweep; add --sweep slot.knob=VALUE,VALUE")
@@ -46,11 +47,11 @@ def sweep_arms(
     grid = list(itertools.product(*([(knob, value) for value in values] for knob, values in sweeps.items())))
     if most is not None and len(grid) > most:
         grid = [grid[index] for index in sorted(random.Random(seed).sample(range(len(grid)), most))]
-    arms = {}
+    arms, start = {}, given_preset(preset)
     for point in grid:
         swept = [f"{knob}={value}" for knob, value in point]
         asked = dict(change.split("=", 1) for change in changes) | dict(point)
-        arms[" ".join(swept)] = Arm(build_accel(preset, [*changes, *swept]), preset, asked)
+        arms[" ".join(swept)] = Arm(build_accel(start, [*changes, *swept]), preset, asked)
     return arms
 
 

@@ -119,7 +119,7 @@ def run_quality(
         run_briefly(setup.pipe, [setup.dense, *(arm.accel for arm in setup.arms.values())], mine[0].seed, text)
     for unit in mine:
         progress.arm(f"{unit.name} dense", number, total)
-        one = _UnitRun(setup, measures, unit)
+        one = UnitRun(setup, measures, unit)
         for arm, way in missing[unit]:
             progress.arm(
                 f"{unit.name} {arm}: {ARMS[way]}" if arm != "dense" else f"{unit.name} {ARMS[way]}", number, total
@@ -147,7 +147,7 @@ def _key(unit: Unit, arm: str, way: str) -> str:
     return f"{unit.name} {arm} {way}"
 
 
-class _UnitRun:
+class UnitRun:
     """One prompt and seed: its dense video, and rows of others against it."""
 
     def __init__(self, setup: Setup, measures: Measures, unit: Unit) -> None:
