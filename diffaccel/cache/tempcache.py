@@ -349,8 +349,8 @@ class TempCache(CachePolicy):
         per_frame, tokens = site.grid.tokens_per_frame, site.grid.tokens
         blocks = [memory.exact.past().entries for memory in memories]
         if state.scale is None:
-            newest = ([getattr(e, name)[:, -tokens:] for e in blocks] for name in ("k", "v"))
-            state.scale = self._scale(*newest, run.spread)
+            k_new, v_new = ([getattr(e, name)[:, -tokens:] for e in blocks] for name in ("k", "v"))
+            state.scale = self._scale(k_new, v_new, run.spread)
             state.bar = self._thresholds(state.scale, len(memories))
         if self.matching == "entry" or self.threshold is None:
             return
