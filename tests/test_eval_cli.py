@@ -63,7 +63,7 @@ def test_prompts_are_read_from_a_file_and_what_was_left_out_is_said(run, tmp_pat
     assert asked["size"] == [32, 48]
     assert asked["arms"]["balanced"]["set"] == {"cache": "none", "reuse.min_past": "0"}
     assert asked["arms"]["balanced"]["slots"]["reuse"]["knobs"]["min_past"] == 0.0
-    assert asked["command"].startswith("diffaccel ")
+    assert asked["command"].split()[0] == "diffaccel"
     other = run("quality", "--prompts", "p.txt", "--presets", "balanced", "--frames", 13, "-o", "out")
     assert other.exit_code == 2
     assert "frames differ (frames there: 5; here: 13)" in other.stderr
