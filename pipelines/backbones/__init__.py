@@ -2,6 +2,7 @@
 
 from diffaccel.backbone import register
 
+from .cogvideox import CogVideoX
 from .hunyuan_video import HunyuanVideo
 from .ltx_video import LTXVideo
 from .wan import Wan
@@ -9,5 +10,6 @@ from .wan import Wan
 register(Wan())
 register(HunyuanVideo())
 register(LTXVideo())
+register(CogVideoX())
 
-__all__ = ["HunyuanVideo", "LTXVideo", "Wan"]
+__all__ = ["CogVideoX", "HunyuanVideo", "LTXVideo", "Wan"]
