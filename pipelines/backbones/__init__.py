@@ -5,11 +5,13 @@ from diffaccel.backbone import register
 from .cogvideox import CogVideoX
 from .hunyuan_video import HunyuanVideo
 from .ltx_video import LTXVideo
+from .mochi import Mochi
 from .wan import Wan
 
 register(Wan())
 register(HunyuanVideo())
 register(LTXVideo())
 register(CogVideoX())
+register(Mochi())
 
-__all__ = ["CogVideoX", "HunyuanVideo", "LTXVideo", "Wan"]
+__all__ = ["CogVideoX", "HunyuanVideo", "LTXVideo", "Mochi", "Wan"]
