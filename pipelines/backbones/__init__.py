@@ -4,6 +4,7 @@ from diffaccel.backbone import register
 
 from .cogvideox import CogVideoX
 from .hunyuan_video import HunyuanVideo
+from .hunyuan_video15 import HunyuanVideo15
 from .ltx_video import LTXVideo
 from .mochi import Mochi
 from .wan import Wan
@@ -13,5 +14,6 @@ register(HunyuanVideo())
 register(LTXVideo())
 register(CogVideoX())
 register(Mochi())
+register(HunyuanVideo15())
 
-__all__ = ["CogVideoX", "HunyuanVideo", "LTXVideo", "Mochi", "Wan"]
+__all__ = ["CogVideoX", "HunyuanVideo", "HunyuanVideo15", "LTXVideo", "Mochi", "Wan"]
