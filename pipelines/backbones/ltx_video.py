@@ -1,7 +1,7 @@
 """LTX-Video: `LTXVideoTransformer3DModel`, whose tokens come packed and whose branches of guidance share a batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor, nn
@@ -45,12 +45,12 @@ class LTXVideo:
     def install(self, denoiser: Any, run: Run, first_layer: int) -> Callable[[], None]:
         blocks = enumerate(denoiser.transformer_blocks, first_layer)
         ports = [(block.attn1, Port(run, layer, "self")) for layer, block in blocks]
-        hook = _RootHook(run, self.geometry(denoiser).patch)
+        hook = PackedHook(run, self.geometry(denoiser).patch)
         return exchange(denoiser, ports, LTXVideoAttnProcessor, _Processor, hook)
 
 
-class _RootHook(RootHook):
-    arguments = (
+class PackedHook(RootHook):
+    arguments: ClassVar[tuple[str, ...]] = (
         *("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
         *("num_frames", "height", "width"),
     )
@@ -61,7 +61,7 @@ class _RootHook(RootHook):
         tokens = given["hidden_states"].shape[1]
         if None in sizes or (grid := Grid(*sizes)).tokens != tokens:
             raise UnsupportedError(
-                f"the tokens of LTX-Video must be a grid of num_frames x height x width, got {tokens} tokens and "
+                f"packed tokens must be a grid of num_frames x height x width, got {tokens} tokens and "
                 f"{' x '.join(map(str, sizes))}; pipelines that put condition frames beside the video are not supported"
             )
         return grid
