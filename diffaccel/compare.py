@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from .accel import Accel
-from .errors import DiffaccelError, NotEngagedError
+from .errors import DiffaccelError, NotEngagedError, UnsupportedError
 from .quality import FrameScores, chunk_borders, compare_clips
 from .report import Report
 from .run import Run
@@ -266,6 +266,7 @@ def _generate(pipe: Any, accel: Accel, seed: int, arguments: dict[str, Any], tim
 
 def generate(pipe: Any, run: Run, seed: int, arguments: dict[str, Any]) -> Made:
     """One video of one prompt under `run`, decoded apart from denoising so that each has its own seconds."""
+    _check_decodes(pipe)
     generator = torch.Generator().manual_seed(seed)
     latents = pipe(**arguments, generator=generator, output_type="latent").frames
     with run.clock("decode", latents.device):
@@ -273,6 +274,19 @@ def generate(pipe: Any, run: Run, seed: int, arguments: dict[str, Any]) -> Made:
     if not run.causal:
         run.produced(len(frames))
     return Made(latents, frames, run.report())
+
+
+_DECODES = ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15")
+
+
+def _check_decodes(pipe: Any) -> None:
+    """Refuse a pipeline whose latents `decode` does not know, before anything is computed."""
+    name = type(pipe.vae).__name__
+    if not getattr(pipe, "block_causal", False) and name not in _DECODES:
+        raise UnsupportedError(
+            f"a comparison decodes latents apart from denoising, which it knows for {', '.join(_DECODES)}, not for the "
+            f"{name} of {type(pipe).__name__}: generate both videos and give their files to `diffaccel eval videos`"
+        )
 
 
 @torch.no_grad()

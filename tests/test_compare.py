@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import tiny_components, tiny_pipeline
 
-from diffaccel import Accel, DiffaccelError, FlashBlock, PadCollapse, TempCache
-from diffaccel.compare import ARMS, _speedup, compare, decode
+from diffaccel import Accel, DiffaccelError, FlashBlock, PadCollapse, TempCache, UnsupportedError
+from diffaccel.compare import ARMS, _speedup, compare, decode, generate
 from diffaccel.quality import psnr
 from diffaccel.video import VideoError, read_video, to_uint8
 
@@ -174,3 +174,14 @@ def test_a_stock_pipeline_has_no_shared_history():
 def test_what_the_comparison_sets_itself_is_refused(pipe):
     with pytest.raises(DiffaccelError, match="compare sets 'generator' itself"):
         compare(pipe, Accel(), generator=torch.Generator(), **CALL)
+
+
+def test_latents_that_are_not_known_are_refused_before_anything_is_computed():
+    class Pipeline:
+        vae = type("AutoencoderKLCogVideoX", (), {})()
+
+        def __call__(self, **_):
+            raise AssertionError("it was computed")
+
+    with pytest.raises(UnsupportedError, match="not for the AutoencoderKLCogVideoX of Pipeline: .* eval videos"):
+        generate(Pipeline(), None, 0, {})
