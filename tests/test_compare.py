@@ -183,5 +183,5 @@ def test_latents_that_are_not_known_are_refused_before_anything_is_computed():
         def __call__(self, **_):
             raise AssertionError("it was computed")
 
-    with pytest.raises(UnsupportedError, match="not for the AutoencoderKLCogVideoX of Pipeline: .* eval videos"):
+    with pytest.raises(UnsupportedError, match=r"not for the AutoencoderKLCogVideoX of Pipeline: .* eval videos"):
         generate(Pipeline(), None, 0, {})
