@@ -3,19 +3,42 @@
 from diffaccel.backbone import register
 
 from .cogvideox import CogVideoX
+from .cosmos import Cosmos
+from .flux import Flux
 from .hunyuan_video import HunyuanVideo
 from .hunyuan_video15 import HunyuanVideo15
+from .kandinsky5 import Kandinsky5
 from .ltx2 import LTX2
 from .ltx_video import LTXVideo
 from .mochi import Mochi
+from .qwen_image import QwenImage
+from .skyreels_v2 import SkyReelsV2
 from .wan import Wan
 
 register(Wan())
 register(HunyuanVideo())
 register(LTXVideo())
+register(SkyReelsV2())
+register(Cosmos())
+register(Kandinsky5())
+register(Flux())
+register(QwenImage())
 register(CogVideoX())
 register(Mochi())
 register(HunyuanVideo15())
 register(LTX2())
 
-__all__ = ["LTX2", "CogVideoX", "HunyuanVideo", "HunyuanVideo15", "LTXVideo", "Mochi", "Wan"]
+__all__ = [
+    "LTX2",
+    "CogVideoX",
+    "Cosmos",
+    "Flux",
+    "HunyuanVideo",
+    "HunyuanVideo15",
+    "Kandinsky5",
+    "LTXVideo",
+    "Mochi",
+    "QwenImage",
+    "SkyReelsV2",
+    "Wan",
+]
