@@ -467,13 +467,23 @@ def upscale(
 
 @app.command()
 def methods(
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="FAMILY", help="say instead which of them a family of pipelines takes")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """List every technique: its slot, paper, knobs with defaults, and the setting at which it is dense attention."""
     from ..kernel import CHOICES
     from ..pipelines.presets import PRESETS
+    from ..support import support_of
     from ..techniques import TECHNIQUES
 
+    if pipeline is not None:
+        with one_sentence():
+            taken = support_of(pipeline)
+        lines = [f"{name}: {', '.join(filter(None, row.values()))}" for name, row in taken.items()]
+        typer.echo(json.dumps(taken, indent=2) if as_json else "\n".join(lines))
+        return
     if as_json:
         content = {
             "techniques": [describe_technique(technique) for technique in TECHNIQUES],
