@@ -1,8 +1,11 @@
 """What holds for every family of backbones, each as one tiny random model: see `families.py`."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import FAMILIES, STEPS, noise
+from torch._dynamo.testing import CompileCounter
 
 from diffaccel import (
     Accel,
@@ -188,3 +191,23 @@ def replaced(pipe):
     stock = {m: m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")}
     with Accel()(pipe):
         return [m for m, processor in stock.items() if m.processor is not processor]
+
+
+def test_blocks_compile_into_as_many_graphs_as_of_the_stock_model(family):
+    pipe, accel = family.pipe(), Accel(window=WINDOW)
+    if not getattr(pipe.transformer, "_repeated_blocks", None):
+        pytest.skip("diffusers compiles none of its blocks")
+
+    def go(context):
+        torch._dynamo.reset()
+        counter.clear()
+        with context:
+            return family.generate(pipe, steps=2), counter.frame_count
+
+    counter = CompileCounter()
+    (stock, _), (windows, _) = go(nullcontext()), go(accel(pipe))
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    (compiled_stock, graphs), (compiled_windows, graphs_of_windows) = go(nullcontext()), go(accel(pipe))
+    torch.testing.assert_close(compiled_stock, stock, atol=3e-5, rtol=0)
+    torch.testing.assert_close(compiled_windows, windows, atol=3e-5, rtol=0)
+    assert graphs_of_windows == graphs
