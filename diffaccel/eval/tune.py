@@ -11,6 +11,7 @@ Every measurement is a row of `tune.jsonl`; asked again, the same search replays
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..accel import Accel
@@ -212,9 +213,9 @@ class Search:
         return self.rows[key]
 
     def _usual(self, what: str) -> float:
-        """Seconds that a measurement of that kind takes: the mean so far."""
+        """Seconds that a measurement of that kind takes: the median, as the first of a prompt makes its dense video."""
         took = [row["took"] for row in self.rows.values() if row["key"].startswith(what)]
-        return sum(took) / len(took) if took else 0.0
+        return median(took) if took else 0.0
 
     def _kept(self) -> float:
         """Seconds for the finalists: at most half of the time, so that there is a search."""
