@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from diffaccel import Grid
 
-STEPS, WORDS = 3, 12
+STEPS, WORDS = 4, 12
 GRID, IMAGE = Grid(3, 6, 8), Grid(1, 12, 12)
 
 
