@@ -3,7 +3,8 @@
 A bias on every score slows a dense kernel down on a GPU, and FlashAttention-3 takes none. Two ways do without. Entries
 of one multiplicity share one bias, and a constant added to every score only moves the log-sum-exp: a group is read
 plainly and weighted as it merges. Or the bias goes into the dot product: three more channels of a key hold log(m) /
-scale in parts that add up to it, the query's are one.
+scale in parts that add up to it, the query's are one. Where a cache holds its keys with these channels, all entries are
+read in one launch, in place; elsewhere they are added as they are read.
 
 A group read plainly costs a launch and a merge beside its own work: about a ninth of reading all entries once (4 680
 queries x 32 760 keys of 128 channels, FA3). Through channels it costs a copy and up to half of its work again (kernels
