@@ -11,9 +11,11 @@ import pytest
 from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
-from diffaccel import FlashBlock
+from diffaccel import Accel, FlashBlock
 from diffaccel.cli import app
 from diffaccel.errors import KnobError
+from diffaccel.eval.arms import Arm, Setup
+from diffaccel.eval.finals import Generations
 from diffaccel.eval.goal import Figures, Final, Goal, best
 from diffaccel.eval.space import Space
 from diffaccel.eval.store import Store
@@ -333,6 +335,24 @@ def test_a_preset_comes_out_and_is_taken_everywhere(run, tmp_path):
     made = CliRunner().invoke(app, evaluated, catch_exceptions=False)
     assert made.exit_code == 0, made.output
     assert {row["arm"] for row in Store("out").rows("quality")} == {"exact", "kept", "dense"}
+
+
+def test_a_speed_is_timed_beside_dense_and_a_quality_is_with_shared_history(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.register_to_config(frames_per_block=1)
+    call = {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 1.0}
+    setup = Setup(pipe, {"exact": Arm(Accel())}, tmp_path, ["a red circle"], [0], call)
+    measurer, lossy = Generations(setup), Accel(reuse=FlashBlock(refresh=2, min_past=0.0))
+    found = measurer.quality(lossy, 0)
+    assert 10 < found["psnr"] < measurer.quality(Accel(kernel="split"), 0)["psnr"]
+    assert found["bytes"] > 0
+    assert found["idle"] is None
+    assert "FlashBlock" in measurer.quality(Accel(reuse=FlashBlock(min_past=99.0)), 0)["idle"]
+    seconds = measurer.timing(lossy, 0)
+    assert set(seconds) == {"dense", "arm"}
+    assert all(0 < value < 60 for value in seconds.values())
+    with Accel()(pipe):  # nothing is left in the pipeline
+        pass
 
 
 def test_a_target_below_the_rounding_is_refused_before_the_search(run, tmp_path):
