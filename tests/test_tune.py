@@ -312,7 +312,7 @@ def test_a_preset_comes_out_and_is_taken_everywhere(run, tmp_path):
     accel = read_preset(Path("kept.toml"))
     assert accel == build_accel("exact", FIXED)
     text = Path("kept.toml").read_text()
-    for said in ("# diffaccel ", "model: 17 frames of 48x32, 2 steps", "noise floor ", "another seed", "Denoising: "):
+    for said in ("\n# diffaccel", "model: 17 frames of 48x32, 2 steps", "noise floor ", "another seed", "Denoising: "):
         assert said in text
     assert {"report.html", "frontier.jsonl", "search"} <= {file.name for file in Path("kept.tune").iterdir()}
     rows = Store("kept.tune/search").rows("tune")

@@ -27,9 +27,10 @@ EXTRAS = {
     "faiss-gpu": "any index of Faiss on an NVIDIA GPU, as ann.Faiss (in place of faiss)",
     "hopper": "FlashAttention-3: the fastest dense attention in bfloat16, on Hopper GPUs only",
     "fa4": "FlashAttention-4: AnnSA faster at large shapes, on Hopper GPUs only",
-    "demo": "nothing yet: no part of diffaccel uses Gradio so far",
-    "eval": "nothing yet: no part of diffaccel uses LPIPS so far",
-    "plots": "pictures of the cache: diffaccel generate --plots",
+    "demo": "models, presets and knobs in the browser: diffaccel demo",
+    "eval": "MS-SSIM and LPIPS: diffaccel eval quality",
+    "plots": "pictures of the cache and of frontiers: diffaccel generate --plots, diffaccel eval frontier",
+    "tune": "the setting that serves a target best: diffaccel tune",
     "dev": "what tests, style and type checks need",
 }
 """What each extra brings."""
