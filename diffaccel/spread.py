@@ -99,6 +99,8 @@ def _sees_a_share(accel: "Accel") -> str | None:
     """What of these techniques looks across heads, or at all queries of a cross-attention."""
     if getattr(accel.cache, "heads", "per_head") != "per_head":
         return "entries are shared by all heads: set cache.heads='per_head'"
+    if getattr(accel.cache, "variant", "phase") == "paper":
+        return "keys are turned back by tables of which each has a share: set cache.variant='phase'"
     if getattr(accel.reuse, "profile", None) is not None:
         return "a profile tells heads apart by their number in the whole model: leave reuse.profile out"
     if accel.prompt is not None and type(accel.prompt).near is not PromptPolicy.near:

@@ -99,6 +99,7 @@ def shared(**changes):
     ("accel", "message"),
     [
         (Accel(cache=TempCache(0.9)), "set cache.heads='per_head'"),
+        (Accel(cache=TempCache(0.9, variant="paper", heads="per_head")), "set cache.variant='phase'"),
         (Accel(prompt=AnnCA()), "AnnCA chooses by all queries"),
         (Accel(selection=AnnSA(0.5, groups="prompt")), "groups='prompt' goes by all queries"),
     ],

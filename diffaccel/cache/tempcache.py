@@ -309,14 +309,11 @@ class TempCache(CachePolicy):
         """What a merged entry takes in all layers, rows and branches."""
         # a GPU may want some channels more; counted everywhere, so that a budget is the same number of entries
         more = spare(extent.head_dim) if self.hold == "device" and extent.dtype == torch.bfloat16 else None
-        sizes = [
-            store_bytes(extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize, n) for n in more or (0, 0)
-        ]
-        vectors = sum(sizes) + (
-            sizes[-1] if self.representative == "medoid" else 0
-        )  # it keeps the mean beside the medoid
+        of = extent.heads, extent.head_dim, self.bits, extent.dtype.itemsize
+        key, value = (store_bytes(*of, channels) for channels in more or (0, 0))
+        mean = value if self.representative == "medoid" else 0  # of the keys, kept beside the medoid
         extra = EXTRA_BYTES * (extent.heads if self.heads == "per_head" else 1)
-        return extent.vectors * (vectors + extra)
+        return extent.vectors * (key + value + mean + extra)
 
     def _recent(self, block: Grid) -> int:
         return block.frames if self.recent_frames is None else self.recent_frames
