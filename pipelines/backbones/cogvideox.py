@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.joint import Text
@@ -16,29 +15,16 @@ from diffaccel.rotary import rotate
 from diffaccel.run import Run
 
 from ._diffusers import CogVideoXAttnProcessor2_0
-from .common import RootHook, ToSeam, exchange
+from .common import Family, RootHook, ToSeam, exchange
 from .joint import KEEPS_PROMPT, project
 
 
-class CogVideoX:
+class CogVideoX(Family):
     """The family of `CogVideoXPipeline`, its image-, video- and control-to-video variants, 1.0 and 1.5."""
 
     name = "CogVideoX"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, CogVideoXTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(config.patch_size_t or 1, config.patch_size, config.patch_size),
-            parts=("joint",),
-        )
+    model = CogVideoXTransformer3DModel
+    parts = ("joint",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return KEEPS_PROMPT if slot == "prompt" else None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.joint import Text
@@ -49,6 +50,39 @@ class ToSeam:
         if torch.compiler.is_compiling():
             return compiled_attend_prompt(q, text, *weights, eps, self.handle)
         return self.port.attend_prompt(q, text, weights, eps)
+
+
+class Family:
+    """What most families share: a pipeline has one denoiser, and its configuration says how large that is."""
+
+    model: ClassVar[type[nn.Module]]
+    parts: ClassVar[tuple[str, ...]]
+
+    def denoisers(self, pipe: Any) -> list[nn.Module]:
+        found = getattr(pipe, "transformer", None)
+        return [found] if isinstance(found, self.model) else []
+
+    def geometry(self, denoiser: Any) -> Geometry:
+        config = denoiser.config
+        return Geometry(
+            backbone=type(denoiser).__name__,
+            layers=self.layers(config),
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            patch=self.patch(config),
+            parts=self.parts,
+        )
+
+    def layers(self, config: Any) -> int:
+        return int(config.num_layers)
+
+    def patch(self, config: Any) -> tuple[int, int, int]:
+        """Latents of a token: frames, rows, columns."""
+        size = config.patch_size
+        if isinstance(size, int):
+            return getattr(config, "patch_size_t", None) or 1, size, size
+        frames, rows, columns = size
+        return frames, rows, columns
 
 
 def plain(*modules: nn.Module) -> bool:

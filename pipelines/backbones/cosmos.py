@@ -4,37 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import CosmosTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.port import Port
 from diffaccel.run import Run
 
 from ._diffusers import CosmosAttnProcessor2_0, apply_rotary_emb
-from .common import RootHook, ToSeam, exchange
+from .common import Family, RootHook, ToSeam, exchange
 
 
-class Cosmos:
+class Cosmos(Family):
     """The family of `CosmosTextToWorldPipeline`, `Cosmos2VideoToWorldPipeline` and their kin of text, image, video."""
 
     name = "Cosmos"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, CosmosTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=tuple(config.patch_size),
-            parts=("self", "cross"),
-        )
+    model = CosmosTransformer3DModel
+    parts = ("self", "cross")
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return None

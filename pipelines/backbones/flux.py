@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.joint import Text
@@ -17,29 +16,22 @@ from diffaccel.rotary import rotate
 from diffaccel.run import Run
 
 from ._diffusers import FluxAttnProcessor
-from .common import RootHook, ToSeam, exchange
+from .common import Family, RootHook, ToSeam, exchange
 from .joint import KEEPS_PROMPT, project
 
 
-class Flux:
+class Flux(Family):
     """The family of `FluxPipeline`, its image-to-image, inpainting, fill and control variants."""
 
     name = "Flux"
+    model = FluxTransformer2DModel
+    parts = ("joint",)
 
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, FluxTransformer2DModel) else []
+    def layers(self, config: Any) -> int:
+        return int(config.num_layers + config.num_single_layers)
 
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers + config.num_single_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(1, 2, 2),  # the pipeline packs latents two by two
-            parts=("joint",),
-        )
+    def patch(self, config: Any) -> tuple[int, int, int]:
+        return 1, 2, 2  # the pipeline packs latents two by two
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return KEEPS_PROMPT if slot == "prompt" else None

@@ -5,37 +5,25 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from torch import nn
 
-from diffaccel.backbone import Geometry
 from diffaccel.joint import Text
 from diffaccel.port import Port
 from diffaccel.run import Run
 
 from ._diffusers import HunyuanVideoAttnProcessor2_0
-from .common import RootHook, exchange
+from .common import Family, RootHook, exchange
 from .joint import KEEPS_PROMPT, JointToSeam
 
 
-class HunyuanVideo:
+class HunyuanVideo(Family):
     """The family of `HunyuanVideoPipeline` and its image-to-video variants, guidance-distilled or not."""
 
     name = "HunyuanVideo"
+    model = HunyuanVideoTransformer3DModel
+    parts = ("joint",)
 
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, HunyuanVideoTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers + config.num_single_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(config.patch_size_t, config.patch_size, config.patch_size),
-            parts=("joint",),
-        )
+    def layers(self, config: Any) -> int:
+        return int(config.num_layers + config.num_single_layers)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         if slot == "prompt":

@@ -5,37 +5,22 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
-from torch import nn
 
-from diffaccel.backbone import Geometry
 from diffaccel.joint import Text
 from diffaccel.port import Port
 from diffaccel.run import Run
 
 from ._diffusers import HunyuanVideo15AttnProcessor2_0
-from .common import RootHook, exchange
+from .common import Family, RootHook, exchange
 from .joint import KEEPS_PROMPT, JointToSeam
 
 
-class HunyuanVideo15:
+class HunyuanVideo15(Family):
     """The family of `HunyuanVideo15Pipeline` and `HunyuanVideo15ImageToVideoPipeline`, under any guider."""
 
     name = "HunyuanVideo-1.5"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, HunyuanVideo15Transformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(config.patch_size_t, config.patch_size, config.patch_size),
-            parts=("joint",),
-        )
+    model = HunyuanVideo15Transformer3DModel
+    parts = ("joint",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return KEEPS_PROMPT if slot == "prompt" else None

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import LTX2VideoTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.port import Port
 from diffaccel.run import Run
@@ -17,29 +16,16 @@ from ._diffusers import (
     apply_interleaved_rotary_emb,
     apply_split_rotary_emb,
 )
-from .common import ToSeam, exchange
+from .common import Family, ToSeam, exchange
 from .ltx_video import PackedHook
 
 
-class LTX2:
+class LTX2(Family):
     """The family of `LTX2Pipeline` and `LTX2ImageToVideoPipeline`: self-attention of the video."""
 
     name = "LTX-2"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, LTX2VideoTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(config.patch_size_t, config.patch_size, config.patch_size),
-            parts=("self",),
-        )
+    model = LTX2VideoTransformer3DModel
+    parts = ("self",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         if slot == "prompt":

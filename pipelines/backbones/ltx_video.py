@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from diffusers import LTXVideoTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.port import Port
@@ -14,28 +13,15 @@ from diffaccel.rotary import rotate
 from diffaccel.run import Run
 
 from ._diffusers import LTXVideoAttnProcessor
-from .common import RootHook, ToSeam, exchange
+from .common import Family, RootHook, ToSeam, exchange
 
 
-class LTXVideo:
+class LTXVideo(Family):
     """The family of `LTXPipeline` and `LTXImageToVideoPipeline`: self-attention; that to the prompt stays stock."""
 
     name = "LTX-Video"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, LTXVideoTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(config.patch_size_t, config.patch_size, config.patch_size),
-            parts=("self",),
-        )
+    model = LTXVideoTransformer3DModel
+    parts = ("self",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         if slot == "prompt":

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import MochiTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.joint import Text
 from diffaccel.port import Port
@@ -15,29 +14,16 @@ from diffaccel.rotary import turn
 from diffaccel.run import Run
 
 from ._diffusers import MochiAttnProcessor2_0
-from .common import RootHook, exchange
+from .common import Family, RootHook, exchange
 from .joint import KEEPS_PROMPT, JointToSeam
 
 
-class Mochi:
+class Mochi(Family):
     """The family of `MochiPipeline`."""
 
     name = "Mochi"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, MochiTransformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(1, config.patch_size, config.patch_size),
-            parts=("joint",),
-        )
+    model = MochiTransformer3DModel
+    parts = ("joint",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return KEEPS_PROMPT if slot == "prompt" else None

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.joint import Text
@@ -15,29 +14,16 @@ from diffaccel.port import Port
 from diffaccel.run import Run
 
 from ._diffusers import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
-from .common import RootHook, ToSeam, exchange
+from .common import Family, RootHook, ToSeam, exchange
 from .joint import KEEPS_PROMPT, project
 
 
-class QwenImage:
+class QwenImage(Family):
     """The family of `QwenImagePipeline`, its image-to-image, inpainting and control variants."""
 
     name = "Qwen-Image"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, QwenImageTransformer2DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=(1, config.patch_size, config.patch_size),
-            parts=("joint",),
-        )
+    model = QwenImageTransformer2DModel
+    parts = ("joint",)
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         return KEEPS_PROMPT if slot == "prompt" else None

@@ -4,37 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import SkyReelsV2Transformer3DModel
-from torch import nn
 
-from diffaccel.backbone import Geometry
 from diffaccel.errors import UnsupportedError
 from diffaccel.port import Port
 from diffaccel.run import Run
 
 from ._diffusers import SkyReelsV2AttnProcessor
-from .common import RootHook, exchange
+from .common import Family, RootHook, exchange
 from .wan import WanToSeam
 
 
-class SkyReelsV2:
+class SkyReelsV2(Family):
     """The family of `SkyReelsV2Pipeline`, its image-to-video variant, and diffusion forcing without causal blocks."""
 
     name = "SkyReels-V2"
-
-    def denoisers(self, pipe: Any) -> list[nn.Module]:
-        found = getattr(pipe, "transformer", None)
-        return [found] if isinstance(found, SkyReelsV2Transformer3DModel) else []
-
-    def geometry(self, denoiser: Any) -> Geometry:
-        config = denoiser.config
-        return Geometry(
-            backbone=type(denoiser).__name__,
-            layers=config.num_layers,
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            patch=tuple(config.patch_size),
-            parts=("self", "cross"),
-        )
+    model = SkyReelsV2Transformer3DModel
+    parts = ("self", "cross")
 
     def refuses(self, denoiser: Any, slot: str) -> str | None:
         if slot == "prompt" and denoiser.config.added_kv_proj_dim is not None:
