@@ -100,6 +100,10 @@ class CachePolicy(Policy):
         """Whether `Memory.queries` of the clean pass are kept for `commit`."""
         return False
 
+    def sample(self, q: Tensor, site: "Site") -> Tensor:
+        """Which of the queries (B, S, H, D)."""
+        return q
+
     def check(self, extent: "Extent") -> None:
         """Refuse a generation that the knobs do not fit with `KnobError`, before anything is computed."""
 

@@ -64,7 +64,7 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
         site = replace(where, layer=layer, part="self", grid=grid)
         memory, history = run.memory(site), run._histories[site.branch, layer]
         place, answer = memory.exact.place_of(grid.tokens), run.reuse_answer(site, memory)
-        if place is None or (memory.keep_queries and where.phase == "clean"):
+        if place is None or (memory.sample is not None and where.phase == "clean"):
             return None
         held = history.last and tuple(x.data_ptr() for x in history.last)
         past = tuple(_address(run, tier) for tier in memory.older if tier.count)

@@ -351,7 +351,9 @@ class Run:
             frames = site.grid.frames if self.extent is None else self.extent.block.frames  # the first may be short
             block = replace(site.grid, frames=frames)
             tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, block)
-            self._memories[key] = Memory(tokens, self.cache.needs_queries, self.observer)
+            self._memories[key] = Memory(
+                tokens, self.cache.sample if self.cache.needs_queries else None, self.observer
+            )
         return self._memories[key]
 
     def reuse_answer(self, site: Site, memory: Memory) -> "Answer | Literal['apart']":

@@ -1,7 +1,9 @@
 """Every technique that ships, in the order in which `diffaccel methods` lists them: the one place they are exported."""
 
+from .cache.cake import CAKE
 from .cache.host import HostCache
 from .cache.sink_recent import RollingRebased, SinkRecent
+from .cache.snapkv import SnapKV
 from .cache.tempcache import TempCache
 from .policy import Policy
 from .prompt.annca import AnnCA
@@ -17,6 +19,8 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SinkRecent,
     RollingRebased,
     HostCache,
+    SnapKV,
+    CAKE,
     AnnSA,
     FlashBlock,
     FrameWindow,
@@ -27,6 +31,7 @@ TECHNIQUES: tuple[type[Policy], ...] = (
 )
 
 __all__ = [
+    "CAKE",
     "AnnCA",
     "AnnSA",
     "FlashBlock",
@@ -37,5 +42,6 @@ __all__ = [
     "PadCollapse",
     "RollingRebased",
     "SinkRecent",
+    "SnapKV",
     "TempCache",
 ]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from diffaccel import (
+    CAKE,
     Accel,
     AnnCA,
     AnnSA,
@@ -14,6 +15,7 @@ from diffaccel import (
     PadCollapse,
     RollingRebased,
     SinkRecent,
+    SnapKV,
     TempCache,
 )
 
@@ -58,6 +60,12 @@ MATRIX = [
         Accel(cache=SinkRecent(recent_frames=3, summaries="frame"), reuse=FlashBlock(refresh=2)),
     ),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
+    Row(Accel(cache=SnapKV(budget=None)), Accel(cache=SnapKV("5 frames"))),
+    Row(Accel(cache=CAKE(budget=None)), Accel(cache=CAKE("5 frames", dropped="mean", recent_frames=2))),
+    Row(
+        Accel(cache=SnapKV(budget=None), reuse=FlashBlock(refresh=1)),
+        Accel(cache=SnapKV("5 frames", sink_frames=0, dropped="mean"), reuse=FlashBlock(refresh=2)),
+    ),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),
     Row(Accel(selection=AnnSA(density=1.0)), Accel(selection=AnnSA(density=0.3, dense_steps=0, min_past=0))),

@@ -8,6 +8,7 @@ from matrix import MATRIX
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, KnobError
+from diffaccel.cache.scored import Scored
 from diffaccel.techniques import TECHNIQUES
 
 PROMPTS = ["a red circle moves left", "a blue square moves right up"]
@@ -123,7 +124,7 @@ def test_every_technique_says_what_it_is(technique):
 
 BAD = [
     ("TempCache", {"threshold": 1.5}, r"threshold is a similarity in \[0, 1\].*threshold=1.5"),
-    ("TempCache", {"match": "cel"}, "unknown TempCache.match 'cel'.*did you mean 'cell'"),
+    ("TempCache", {"match": "cel"}, r"unknown TempCache.match 'cel'.*did you mean 'cell'"),
     ("TempCache", {"sink_frames": -1}, "sink_frames=-1"),
     ("TempCache", {"recent_frames": -2}, "recent_frames=-2"),
     ("TempCache", {"threshold": (0.9, 1.5)}, r"threshold=\(0.9, 1.5\)"),
@@ -131,7 +132,7 @@ BAD = [
     ("TempCache", {"representative": "first"}, "choose one of mean, last, medoid"),
     ("TempCache", {"max_multiplicity": 0}, "max_multiplicity=0"),
     ("TempCache", {"heads": "each"}, "choose one of shared, per_head"),
-    ("SinkRecent", {"summaries": "cels"}, "unknown SinkRecent.summaries 'cels'.*did you mean 'cell'"),
+    ("SinkRecent", {"summaries": "cels"}, r"unknown SinkRecent.summaries 'cels'.*did you mean 'cell'"),
     ("TempCache", {"overflow_threshold": 2.0}, r"overflow_threshold is a similarity in \[-1, 1\]"),
     ("TempCache", {"overflow": "age"}, "choose one of merge, recency, mass"),
     ("TempCache", {"bits": 3}, "bits is 8, 4 or 2, .*bits=3"),
@@ -188,6 +189,24 @@ BAD = [
     ("FullFieldGuide", {"every": 0}, "every is a number of steps >= 1"),
     ("FullFieldGuide", {"branches": "uncond"}, "choose one of cond, all"),
     ("FullFieldGuide", {"hold": "disk"}, "choose one of device, int8, host"),
+    *[
+        (technique.__name__, knobs, message)
+        for technique in TECHNIQUES
+        if issubclass(technique, Scored)
+        for knobs, message in [
+            ({"budget": "0 frames"}, "budget is a number of tokens"),
+            ({"recent_frames": -1}, "recent_frames=-1"),
+            ({"sink_frames": -1}, "sink_frames=-1"),
+            ({"probes": 0}, "probes=0"),
+            ({"dropped": "host"}, r"unknown \w+.dropped 'host'"),
+        ]
+    ],
+    ("SnapKV", {"pool": 2}, "pool is an odd number >= 1, got pool=2"),
+    ("CAKE", {"pool": 0}, "pool=0"),
+    ("CAKE", {"tau1": 0}, "tau1=0"),
+    ("CAKE", {"tau2": -1}, "tau2=-1"),
+    ("CAKE", {"gamma": -1}, "gamma=-1"),
+    ("CAKE", {"probes": 1}, "at least 2 probes"),
 ]
 
 

@@ -285,7 +285,7 @@ def test_by_attention_mass_stays_what_the_queries_read():
     wanted = torch.full((HEADS, DIM), 2.0)
     frames[1][3] = wanted
     for overflow, kept in (("recency", False), ("mass", True)):
-        memory = Memory(keep_queries=True)
+        memory = Memory(sample=lambda q, site: q)
         policy, run = TempCache(threshold=None, budget="8 frames", overflow=overflow), fake_run({})
         for block in range(10):
             k = torch.cat(frames[2 * block : 2 * block + 2])[None]
@@ -476,7 +476,7 @@ def test_queries_propose_and_keys_decide():
         torch.nn.functional.normalize(torch.randn(T, HEADS * DIM), dim=1).view(T, HEADS, DIM),
         torch.randperm(T),
     )
-    memory = Memory(keep_queries=True)
+    memory = Memory(sample=lambda q, site: q)
     k = torch.cat([first, first[order]])[None]
     memory.place(k, k, site(0, 2), queries=3 * k)
     memory.finish_block(2 * T)

@@ -1,5 +1,6 @@
 """What one layer and branch of a generation remembers of earlier blocks."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,13 @@ class Memory:
     """
 
     def __init__(
-        self, expected_tokens: int = 0, keep_queries: bool = False, observer: "Observer | None" = None
+        self,
+        expected_tokens: int = 0,
+        sample: Callable[[Tensor, Site], Tensor] | None = None,
+        observer: "Observer | None" = None,
     ) -> None:
         self.exact = ExactTier(expected_tokens)
-        self.keep_queries, self.queries = keep_queries, torch.empty(0)
+        self.sample, self.queries = sample, torch.empty(0)
         self.observer = observer
         self.older: list[Tier] = []
         self.seen = 0
@@ -32,12 +36,12 @@ class Memory:
     def place(self, k: Tensor, v: Tensor, site: Site, queries: Tensor | None = None) -> None:
         """Take the keys and values (B, S, H, D) of the block at work; they are not part of the past yet.
 
-        The queries of a clean pass are held until the next one, for policies that match by them.
+        What `sample` takes of the queries of a clean pass is held until the next one, for policies that look at them.
         """
         self.exact.place(k, v, site.grid.frame_of_token(site.start))
         if queries is not None and site.phase == "clean":
-            if self.keep_queries:
-                self.queries = queries
+            if self.sample is not None:
+                self.queries = self.sample(queries, site)
             if self.observer is not None:
                 self.observer.see(self, queries, k, site)
 

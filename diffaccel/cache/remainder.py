@@ -1,0 +1,56 @@
+"""What stays of tokens that left one by one, head by head."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .ragged import ByHead, Counts, Ragged
+from .tiers import Tier
+
+
+class Remainder(Tier, Protocol):
+    """A tier that takes what a cache drops."""
+
+    def take(self, gone: Ragged, tokens_per_frame: int) -> None: ...
+
+
+class MeanKey(ByHead):
+    """One key and value a head, the means of all that left, with log(their number) added to its score.
+
+    RazorAttention's compensation token (arXiv 2407.15891, section 3.3). The means are kept in fp32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._means = torch.empty(0)  # keys and values, (2, B, 1, H, D)
+        self._tokens: Counts = ()
+
+    def take(self, gone: Ragged, tokens_per_frame: int) -> None:
+        """Add entries to the means."""
+        wide = torch.promote_types(gone.k.dtype, torch.float32)
+        there = gone.there.transpose(1, 2)[..., None]
+        new = torch.stack([(x.to(wide) * there).sum(1, keepdim=True) for x in (gone.k, gone.v)])
+        if not self._tokens:
+            self._means, self._tokens = torch.zeros_like(new), tuple((0,) * len(row) for row in gone.counts)
+        before = _column(self._tokens, new)
+        self._tokens = tuple(
+            tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self._tokens, gone.counts, strict=True)
+        )
+        after = _column(self._tokens, new)
+        self._means = (self._means * before + new) / after.clamp(min=1)
+        k, v = self._means.to(gone.k.dtype)
+        held = Ragged(k, v, {}, (after > 0)[:, 0, :, 0:1], tuple(tuple(min(1, n) for n in row) for row in self._tokens))
+        self.hold(held, tokens_per_frame, self._tokens)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + self._means.numel() * self._means.element_size()
+
+
+def _column(counts: Counts, like: Tensor) -> Tensor:
+    """(B, 1, H, 1)."""
+    return torch.tensor(counts, device=like.device, dtype=like.dtype)[:, None, :, None]
+
+
+REMAINDERS: dict[str, type[Remainder]] = {"mean": MeanKey}
