@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from . import backbone
 from .errors import KnobError, UnsupportedError
 from .kernel import CHOICES
 from .policy import SLOTS, CachePolicy, Policy, PromptPolicy, ReusePolicy, Selector
+from .preset_file import find_config, read_preset, write_config
 from .run import Run
 from .suggest import choose
 from .techniques import TECHNIQUES
@@ -111,6 +113,19 @@ class Accel:
             run.remove(check=False)
             raise
         return run
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the setting into a folder as `diffaccel_config.json`, with copies of the profiles it names, so that it
+        goes with a pipeline saved there. Raises `UsageError` for a technique that is not diffaccel's own."""
+        write_config(Path(folder), self)
+
+    @classmethod
+    def from_pretrained(cls, source: Any) -> "Accel":
+        """The setting that was saved in a folder, in a hub repository `owner/name`, or where a pipeline was opened.
+
+        Raises `UsageError` where there is none, and for a file that this version cannot read.
+        """
+        return read_preset(find_config(source))
 
     def describe(self, pipe: Any) -> list[dict[str, Any]]:
         """What `apply` would patch: a row a denoiser with its geometry, and why it cannot take a slot (or None)."""

@@ -1,4 +1,5 @@
-"""Presets in files: what `diffaccel tune` writes and `--preset FILE` takes, as TOML.
+"""Presets in files: what `diffaccel tune` writes and `--preset FILE` takes, as TOML; `Accel.save_pretrained` writes the
+same as JSON.
 
     version = 1
     kernel = "auto"
@@ -7,11 +8,13 @@
     method = "FlashBlock"
     refresh = [0, 3]
 
-A table for each slot that is filled; a knob that is left out has its default, and "none" is None.
+A table for each slot that is filled; a knob that is left out has its default, and "none" is None. A profile that is
+named in JSON lies beside the file.
 """
 
 import json
 import os
+import shutil
 import tomllib
 import types
 import typing
@@ -19,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from .errors import KnobError
+from .errors import DiffaccelError
 from .settings import UsageError, type_name
 from .suggest import choose
+from .version import __version__
 
 if TYPE_CHECKING:
     from .accel import Accel
@@ -29,10 +33,13 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+CONFIG_FILE = "diffaccel_config.json"
+"""Beside a pipeline: the setting to run it with."""
+
 
 def is_preset_file(preset: str) -> bool:
     """Whether that names a file, and no preset of this package."""
-    return preset.lower().endswith(".toml") or "/" in preset or os.sep in preset
+    return preset.lower().endswith((".toml", ".json")) or "/" in preset or os.sep in preset
 
 
 def given_preset(preset: str) -> "str | Accel":
@@ -42,31 +49,111 @@ def given_preset(preset: str) -> "str | Accel":
 
 def read_preset(file: Path) -> "Accel":
     """The setting in a file. Raises `UsageError`, naming the file and what is wrong in it."""
+    as_json = file.suffix.lower() == ".json"
     try:
-        content = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # a TOMLDecodeError and a UnicodeDecodeError are ValueErrors
+        text = file.read_text("utf-8")
+        content = json.loads(text) if as_json else tomllib.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:  # what JSON, TOML and UTF-8 raise are ValueErrors
         raise UsageError(f"the preset file '{file}' cannot be read: {error}") from error
     version = content.pop("version", None)
     if version != VERSION:
         raise UsageError(
-            f"the preset file '{file}' is of version {version!r}, and this diffaccel reads version {VERSION}; "
-            "write it anew with diffaccel tune"
+            f"the preset file '{file}' is of version {version!r}, and diffaccel {__version__} reads version {VERSION}; "
+            "upgrade diffaccel, or write the file anew with diffaccel tune or Accel.save_pretrained"
         )
+    saved_by = content.pop("diffaccel", __version__)
+    if as_json:
+        for table in content.values():
+            if isinstance(table, dict) and table.get("profile", "none") not in ("none", None):
+                table["profile"] = str(file.parent / str(table["profile"]))
     try:
         return _accel(content)
-    except (KnobError, UsageError) as error:
-        raise UsageError(f"in the preset file '{file}': {error}") from error
+    except DiffaccelError as error:
+        other = "" if saved_by == __version__ else f" (saved by diffaccel {saved_by}, and this is {__version__})"
+        raise UsageError(f"in the preset file '{file}'{other}: {error}") from error
 
 
 def write_preset(file: Path, accel: "Accel", comments: Sequence[str] = ()) -> None:
     """Write a setting with all its knobs, so that a later default does not change it; `comments` go on top."""
-    lines = [*(f"# {' '.join(comment.split())}" for comment in comments), f"version = {VERSION}"]
-    lines.append(f"kernel = {_toml(accel.kernel)}")
+    lines = [f"# {' '.join(comment.split())}" for comment in comments]
+    for name, value in _content(accel).items():
+        table = isinstance(value, dict)
+        lines += ["", f"[{name}]"] if table else []
+        lines += [f"{key} = {_toml(item)}" for key, item in (value if table else {name: value}).items()]
+    _replace(file, "\n".join(lines) + "\n")
+
+
+def write_config(folder: Path, accel: "Accel") -> Path:
+    """Write a setting as `CONFIG_FILE` into a folder, and beside it the profiles that it names; gives the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = _content(accel)
+    for slot in accel.policies():
+        profile = content[slot].get("profile")
+        if profile is not None:
+            content[slot]["profile"] = f"diffaccel_{slot}_profile.json"
+            beside = folder / content[slot]["profile"]
+            if not (beside.exists() and beside.samefile(profile)):
+                shutil.copyfile(profile, beside)
+    _replace(folder / CONFIG_FILE, json.dumps({"diffaccel": __version__} | content, indent=2) + "\n")
+    return folder / CONFIG_FILE
+
+
+def find_config(source: Any) -> Path:
+    """The `CONFIG_FILE` of a folder, of a hub name `owner/name`, or of where a pipeline was opened from.
+
+    Raises `UsageError` where there is none.
+    """
+    given = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
+    if not given:
+        raise UsageError(
+            f"this {type(source).__name__} was opened from no folder, so no {CONFIG_FILE} lies beside it; "
+            "name the folder that has one"
+        )
+    folder = Path(given)
+    if not folder.exists() and isinstance(given, str) and given.count("/") == 1:
+        folder = _from_hub(given)
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(
+            f"'{given}' holds no {CONFIG_FILE}; save a setting there with Accel(...).save_pretrained, or write one here"
+        )
+    return file
+
+
+def _from_hub(name: str) -> Path:
+    """The files that `write_config` wrote, of a hub repository."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns="diffaccel_*.json"))
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"there is no folder '{name}', and it cannot be had from the hub: {said}; check the name and the connection"
+        ) from error
+
+
+def _content(accel: "Accel") -> dict[str, Any]:
+    from .techniques import TECHNIQUES
+
+    content: dict[str, Any] = {"version": VERSION, "kernel": accel.kernel}
     for slot, policy in accel.policies().items():
-        lines += ["", f"[{slot}]", f"method = {_toml(type(policy).__name__)}"]
-        lines += [f"{name} = {_toml(value)}" for name, value in policy.values().items()]
+        if type(policy) not in TECHNIQUES:
+            raise UsageError(
+                f"a file names techniques of diffaccel, and {type(policy).__name__} (slot {slot}) is none of them; "
+                f"save the rest, and add {slot}= in Python"
+            )
+        content[slot] = {"method": type(policy).__name__, **policy.values()}
+    return content
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file that has its name only once it is whole."""
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    partial.write_text("\n".join(lines) + "\n", "utf-8")
+    partial.write_text(text, "utf-8")
     os.replace(partial, file)
 
 
@@ -117,7 +204,7 @@ def _typed(kind: Any, value: Any) -> Any:
         each = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
         if value and len(each) == len(value):
             return tuple(_typed(part, item) for part, item in zip(each, value, strict=True))
-    elif kind is type(None) and value == "none":
+    elif kind is type(None) and value in ("none", None):
         return None
     elif kind is float and type(value) in (int, float):
         return float(value)

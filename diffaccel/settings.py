@@ -6,13 +6,15 @@ import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from .errors import DiffaccelError
+
 if TYPE_CHECKING:
     from .accel import Accel
     from .policy import Policy
 
 
-class UsageError(Exception):
-    """A mistake in the command line, as one sentence with its remedy."""
+class UsageError(DiffaccelError):
+    """A mistake in the command line or in a file of settings, as one sentence with its remedy."""
 
 
 def build_accel(preset: "str | Accel", changes: Sequence[str] = ()) -> "Accel":

@@ -14,6 +14,7 @@ import torch
 
 import diffaccel
 from diffaccel.errors import DiffaccelError, UnsupportedError
+from diffaccel.preset_file import CONFIG_FILE
 from diffaccel.suggest import choose
 
 if TYPE_CHECKING:
@@ -241,6 +242,12 @@ def _read_generation(folder: Path) -> dict[str, Any]:
         elif name != "base" and (isinstance(value, bool) or not isinstance(value, (int, float, type(None)))):
             raise LoadError(f"'{file}' must hold numbers, got {value!r} for {name!r}")
     return given
+
+
+def saved_setting(model: str | Path | None = None) -> Path | None:
+    """The file of the setting that `Accel.save_pretrained` left in the folder of a model, or None."""
+    file = Path(_find(model)) / CONFIG_FILE
+    return file if file.is_file() else None
 
 
 def resolve_device(device: str | None = None) -> torch.device:

@@ -57,7 +57,7 @@ def test_a_file_stands_where_a_name_does(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("version = 2", "is of version 2, and this diffaccel reads version 1; write it anew with diffaccel tune"),
+        ("version = 2", "is of version 2, and diffaccel 0.1.0 reads version 1; upgrade diffaccel, or write "),
         ('kernel = "auto"', "is of version None"),
         ("version = 1\nversion = 2", "cannot be read: "),
         ("\xff\xfe", "cannot be read: "),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL
+from ..pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL, saved_setting
 from ..ranks import ranks, speaks
 from ..settings import build_accel, describe_accel, describe_slots, describe_technique
 from ..suggest import choose
@@ -88,7 +88,10 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="the first frame")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="exact, balanced, fast, auto or a file  [default: balanced, or exact for a stock pipeline]"),
+        typer.Option(
+            help="exact, balanced, fast, auto or a file  "
+            "[default: what was saved with the model, else balanced, or exact for a stock pipeline]"
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -99,7 +102,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential")] = "none",
     pipeline: Annotated[str | None, typer.Option(help="causal or stock  [default: the checkpoint's own]")] = None,
-    sampler: Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="multistep, few_step or rolling  [default: the checkpoint's own]")
+    ] = None,
     compiling: Annotated[str, typer.Option("--compile", help=_COMPILE)] = "auto",
     graphs: Annotated[
         bool | None,
@@ -135,6 +140,10 @@ def generate(
         require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
         require(guidance is None or guidance >= 0, f"--guidance must be 0 or more, got {guidance}")
+        own = saved_setting(model) if preset is None else None
+        if own is not None:
+            say(f"note: the setting saved with the model is used, '{own}'; --preset takes another")
+            preset = str(own)
         check_preset(preset, changes or [])
         picture = read_first_frame(image) if image else None
 
@@ -187,7 +196,7 @@ def generate(
                     typer.echo(f"plot: {plot_cache(result.report, plots / name)}")
                 else:
                     typer.echo("no plot: no block was finished and kept, so there is nothing to draw")
-        finish(results, asked=preset not in (None, "auto") or bool(changes))
+        finish(results, asked=(preset not in (None, "auto") and own is None) or bool(changes))
 
 
 @app.command()
