@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from .errors import UnsupportedError
+from .peer import building_on_diffusers
 from .run import Run
 
 
@@ -21,6 +22,7 @@ class Geometry:
     head_dim: int
     patch: tuple[int, int, int]
     parts: tuple[str, ...]
+    coarse_past: bool = False  # blocks that are old enough are kept in larger patches than the one at work
 
 
 class Backbone(Protocol):
@@ -43,6 +45,7 @@ class Backbone(Protocol):
         ...
 
 
+_DENOISERS = ("transformer", "transformer_2", "unet")
 _FAMILIES: list[Backbone] = []
 _PLUGINS = ["diffaccel.pipelines.backbones"]  # loaded by name: diffaccel/ does not import from pipelines/
 
@@ -55,14 +58,27 @@ def register(family: Backbone) -> None:
 def find(pipe: Any) -> tuple[Backbone, list[nn.Module]]:
     """The family of a pipeline and its denoisers."""
     while _PLUGINS:
-        importlib.import_module(_PLUGINS[-1])
+        with building_on_diffusers():
+            importlib.import_module(_PLUGINS[-1])
         _PLUGINS.pop()
     for family in _FAMILIES:
         denoisers = family.denoisers(pipe)
         if denoisers:
             return family, denoisers
-    denoiser = getattr(pipe, "transformer", None)
-    met = type(pipe).__name__ + (f" with {type(denoiser).__name__}" if denoiser is not None else "")
     raise UnsupportedError(
-        f"diffaccel knows pipelines of these families: {', '.join(f.name for f in _FAMILIES)}; got {met}"
+        f"{_unknown(pipe)}; diffaccel knows pipelines of these families: {', '.join(f.name for f in _FAMILIES)}"
     )
+
+
+def _unknown(pipe: Any) -> str:
+    """What of a pipeline was recognised, and what is missing."""
+    name = type(pipe).__name__
+    if isinstance(pipe, nn.Module):
+        return f"{name} is a model: pass the pipeline that holds it"
+    parts = {part: getattr(pipe, part, None) for part in _DENOISERS if hasattr(pipe, part)}
+    met = [f"{type(model).__name__} ({part})" for part, model in parts.items() if model is not None]
+    if met:
+        return f"{name} denoises with {' and '.join(met)}, which is of no known family"
+    if parts:
+        return f"{name} has no {' and no '.join(parts)} loaded: load its weights first"
+    return f"{name} has no model that denoises ({', '.join(_DENOISERS)}): pass a diffusers pipeline"

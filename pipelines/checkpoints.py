@@ -63,7 +63,10 @@ def load_self_forcing(
     weights = _plain_names(_unwrap(_read(path), use_ema, path), path)
     if not any(name.startswith("condition_embedder.") for name in weights):
         weights = convert_wan_transformer_to_diffusers(weights)
-    config = infer_config(weights) if config is None else dict(config)
+    try:
+        config = infer_config(weights) if config is None else dict(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(config)
     _check_fit(model, weights, path)
@@ -86,7 +89,10 @@ def infer_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         ffn_dim = weights["blocks.0.ffn.net.0.proj.weight"].shape[0]
         out_channels = weights["proj_out.weight"].shape[0] // prod(patch)
     except KeyError as error:
-        raise CheckpointError(f"these are no Wan transformer's weights: {error} is missing; {_some(weights)}") from None
+        raise CheckpointError(
+            f"these are no Wan transformer's weights, {error} is missing among {_some(weights)}; name the file of a"
+            " causal Wan"
+        ) from None
     if inner % HEAD_DIM:
         raise CheckpointError(
             f"the heads of a Wan have {HEAD_DIM} channels, which does not divide the width {inner} of these weights;"
@@ -166,6 +172,12 @@ def _plain_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def _check_fit(model: WanTransformer3DModel, weights: Mapping[str, Tensor], path: Path) -> None:
     wanted = model.state_dict()
+    held, asked = _size(weights), _size(wanted)
+    if held is not None and held != asked:
+        raise CheckpointError(
+            f"{path} holds a Wan of {held}, and config= is of {asked}; leave config out to load it as it is, or name"
+            " another file"
+        )
     faults = []
     if missing := wanted.keys() - weights.keys():
         faults.append(f"missing: {_some(missing)}")
@@ -177,6 +189,12 @@ def _check_fit(model: WanTransformer3DModel, weights: Mapping[str, Tensor], path
         faults.append(f"of another shape: {_some(differ)} ({example})")
     if faults:
         raise CheckpointError(f"the weights of {path} do not fit the transformer; {'; '.join(faults)}")
+
+
+def _size(weights: Mapping[str, Tensor]) -> str | None:
+    patch = weights.get("patch_embedding.weight")
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    return None if patch is None else f"{len(layers)} layers of {patch.shape[0]} channels"
 
 
 def _some(names: Any) -> str:

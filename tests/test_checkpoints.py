@@ -232,6 +232,29 @@ def test_other_contents_are_refused(tmp_path, content, says):
         load_self_forcing(tmp_path / "x.pt")
 
 
+def test_a_model_of_another_size_is_told_in_one_line(tmp_path, original, source):
+    torch.save(original, tmp_path / "x.pt")
+    for changes, asked in (({"num_layers": 3}, "3 layers of 128"), ({"num_attention_heads": 2}, "2 layers of 256")):
+        with pytest.raises(CheckpointError) as error:
+            load_self_forcing(tmp_path / "x.pt", config=dict(source.config) | changes)
+        assert str(error.value) == (
+            f"{tmp_path / 'x.pt'} holds a Wan of 2 layers of 128 channels, and config= is of {asked} channels; "
+            "leave config out to load it as it is, or name another file"
+        )
+
+
+def test_another_models_weights_are_told(tmp_path, source):
+    torch.save({"transformer_blocks.0.attn.to_q.weight": torch.zeros(4, 4)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError) as error:
+        load_self_forcing(tmp_path / "x.pt")
+    assert str(error.value) == (
+        f"{tmp_path / 'x.pt'}: these are no Wan transformer's weights, 'patch_embedding.weight' is missing among "
+        "transformer_blocks.0.attn.to_q.weight; name the file of a causal Wan"
+    )
+    with pytest.raises(CheckpointError, match=r"missing: blocks.*; unexpected: transformer_blocks\.0\.attn\.to_q"):
+        load_self_forcing(tmp_path / "x.pt", config=dict(source.config))
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         load_self_forcing(tmp_path / "nowhere.pt")
