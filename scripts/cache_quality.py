@@ -4,6 +4,7 @@
     python scripts/cache_quality.py --out out/cache --frames 81 --prompts 2 --only "budget 50"
     python scripts/cache_quality.py --out out/selection --suite selection --frames 161 --returns 0
     python scripts/cache_quality.py --out out/reuse --suite reuse --frames 161 --returns 0    # calibrates first
+    python scripts/cache_quality.py --out out/policies --suite policies    # every scored cache at equal memory
 
 Every arm starts from the same noise. PSNR and SSIM of its frames against the dense ones, the first block left out: with
 shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import policy_arms
 import torch
 from tiny_world.metrics import memory_scenes, remembers
 from tiny_world.prompts import describe
@@ -231,6 +233,19 @@ def calibrated(options: argparse.Namespace) -> Path:
     return path
 
 
+def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
+    """Arms of `--suite policies`."""
+    found = [
+        Arm("dense", Accel(), returns=True),
+        Arm("noise floor (split kernel)", Accel(kernel="split")),
+        Arm("another seed", Accel(), seed=1000),
+    ]
+    frames = 1 + (options.frames - 1) // 4
+    return found + [
+        Arm(name, accel, returns="oracle" not in name) for name, accel in policy_arms.arms(frames, bench.generate, {})
+    ]
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What must agree between results of one table."""
     return {name: getattr(options, name) for name in ("model", "frames", "prompts", "returns", "dtype")}
@@ -389,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
-    parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse"))
+    parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse", "policies"))
     parser.add_argument("--only", default="", help="arms whose name holds this text")
     parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
@@ -402,23 +417,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row["settings"] != settings(options):
             print(f"{results} holds results of {row['settings']}; name another --out", file=sys.stderr)
             return 2
+    bench = Bench(options)
     suites = {
         "cache": lambda: arms(1 + (options.frames - 1) // 4),
         "selection": selections,
         "reuse": lambda: reuses(calibrated(options)),
+        "policies": lambda: policies(options, bench),
     }
     every = suites[options.suite]()
     wanted = [arm for arm in every if options.only in arm.name][share - 1 :: shares]
-    missing = [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]
-    bench = Bench(options) if missing else None
-    for arm in missing:
-        assert bench is not None
+    for arm in [arm for arm in wanted if arm.name not in {row["arm"] for row in rows}]:
         rows.append(bench.measure(arm))
         with results.open("a") as stream:
             stream.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
     (options.out / "table.md").write_text(table(rows) + "\n")
-    curve(rows, options.out / "curve.png", "memory" if options.suite == "cache" else "read")
+    curve(rows, options.out / "curve.png", "memory" if options.suite in ("cache", "policies") else "read")
     print(table(rows))
     return 0
 
