@@ -95,7 +95,7 @@ class Accel:
                     f"{type(pipe).__name__} is accelerated already: leave that `with` (or call run.remove()) first, "
                     "and give one Accel all the techniques"
                 )
-        causal = bool(getattr(pipe, "block_causal", False))
+        causal = _causal(pipe, family)
         for slot, policy in self.policies().items():
             reason = _refusal(family, denoisers, slot, policy, type(pipe).__name__, causal)
             if reason:
@@ -130,7 +130,7 @@ class Accel:
     def describe(self, pipe: Any) -> list[dict[str, Any]]:
         """What `apply` would patch: a row a denoiser with its geometry, and why it cannot take a slot (or None)."""
         family, denoisers = backbone.find(pipe)
-        causal = bool(getattr(pipe, "block_causal", False))
+        causal = _causal(pipe, family)
         rows = []
         for denoiser in denoisers:
             row = dict(vars(family.geometry(denoiser)), causal=causal, refuses={})
@@ -162,12 +162,32 @@ class AppliedRun(Run):
 
 
 def active_run(pipe: Any) -> Run | None:
-    """The run that accelerates `pipe` now, if any."""
+    """The run that accelerates `pipe` now, if any.
+
+    Raises `UnsupportedError` where another pipeline, of whole videos, is accelerated and shares its denoiser.
+    """
     for name in ("transformer", "transformer_2"):
         denoiser = getattr(pipe, name, None)
         if isinstance(denoiser, nn.Module) and denoiser in _ACTIVE:
-            return _ACTIVE[denoiser]
+            run = _ACTIVE[denoiser]
+            if getattr(pipe, "block_causal", False) and not run.causal:
+                raise UnsupportedError(
+                    f"{type(run.pipe).__name__} is accelerated and shares its {name} with this {type(pipe).__name__}, "
+                    "which needs earlier blocks that such a run does not keep: leave that `with` first"
+                )
+            return run
     return None
+
+
+def _causal(pipe: Any, family: backbone.Backbone) -> bool:
+    """Whether it generates block by block: as a pipeline of ours says of itself, or the family of a stock one."""
+    return bool(getattr(family, "block_causal", False) or any(map(_says_causal, (pipe, getattr(pipe, "blocks", None)))))
+
+
+def _says_causal(part: Any) -> bool:
+    """Of a pipeline, or a block of a modular one with those inside it."""
+    inside = getattr(part, "sub_blocks", None) or {}
+    return getattr(part, "block_causal", False) or any(map(_says_causal, inside.values()))
 
 
 def _refusal(
@@ -175,8 +195,10 @@ def _refusal(
 ) -> str | None:
     name = type(policy).__name__
     if policy.needs_blocks and not causal:
+        why = getattr(family, "no_blocks", None)
         return (
-            f"{name} (slot {slot}) acts on earlier blocks, and {pipe} generates the whole video at once: "
+            f"{name} (slot {slot}) acts on earlier blocks, and {pipe} "
+            f"{f'has none that stay, for {why}' if why else 'generates the whole video at once'}: "
             f"use CausalWanPipeline with a causal checkpoint, or leave {slot} out"
         )
     for denoiser in denoisers:
