@@ -226,7 +226,7 @@ class Bench(Says):
         self.warm_up(q, k, v, frames)
         for density in self.sizes["densities"]:
             for groups, summaries in (("kmeans", True), ("kmeans", False), ("hash", True)):
-                policy = AnnSA(density, groups, summaries, dense_steps=0.0, sink_frames=0)
+                policy = AnnSA(density, groups, summaries=summaries, dense_steps=0.0, sink_frames=0)
                 lasting, planning, chosen = Lasting(), [], None
                 for block, count in enumerate(counts, FIRST):
                     entries = Entries(k[:, :count], v[:, :count], frames[:count], lasting=lasting)

@@ -157,7 +157,7 @@ def selections() -> list[Arm]:
         for groups in ("kmeans", "hash", "prompt", "place"):
             for summaries in (True, False):
                 name = f"{groups}{'' if summaries else ', no means'}"
-                found.append(Arm(f"{density}: {name}", Accel(selection=AnnSA(density, groups, summaries))))
+                found.append(Arm(f"{density}: {name}", Accel(selection=AnnSA(density, groups, summaries=summaries))))
     for name, knobs in (
         ("no dense steps", {"dense_steps": 0.0}),
         ("clean pass too", {"clean_pass": "sparse"}),

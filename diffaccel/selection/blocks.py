@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import log
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from ..errors import KernelError
 from ..kernel import Partial, fa4, reference
 from ..kernel.block_sparse import BlockLists, Summary, block_sparse, by_fa4, fastest, gathered, written_out
 from ..sent import sent
-
-SAMPLES = 16
-"""Means of near queries that stand for a block of queries where blocks of keys are ranked."""
 
 SORTED = ("kmeans", "hash")
 """Groups of tokens that their own vectors make."""
@@ -38,7 +35,7 @@ class Chosen:
     order: Tensor | None  # of the queries, (B, H, S)
     log_weight: Tensor | None  # (B, H, N) fp32
     summary: Summary | None
-    keys_read: int  # of each query, the same for all
+    keys_read: float  # of each query, on average over rows and heads
 
     @property
     def bytes(self) -> int:
@@ -71,6 +68,8 @@ class KeyBlocks:
         self.always = torch.zeros(0, dtype=torch.bool)  # on the host, which of them all read
         self.chosen_at: tuple[int, int, int] | None = None  # block, queries and step of the last choice
         self.lists: BlockLists | None = None
+        self.read = 0.0  # blocks that a query reads of those that may be chosen, on average
+        self.kept: dict[Any, Any] = {} if before is None else before.kept  # from choice to choice
         self.order: Tensor | None = None  # of the queries, (B, H, S)
         self._key_centres: Tensor | None = None if before is None else before._key_centres
         self._query_centres: Tensor | None = None if before is None else before._query_centres
@@ -159,18 +158,14 @@ class KeyBlocks:
             new = Described(*(torch.cat(same, 2) for same in zip(self.about, new, strict=True)))
         self.about = new
 
-    def choose(self, q: Tensor, take: int, again: bool, buckets: Tensor | None = None) -> None:
-        """Find the `take` blocks with most of the attention of each block of queries (B, S, H, D).
+    def arrange(self, q: Tensor, again: bool, buckets: Tensor | None = None) -> Tensor:
+        """Near queries of (B, S, H, D) side by side, in blocks: (B, H, QB, query_block, D).
 
-        The mass of a block is estimated for the means of `SAMPLES` runs of near queries each, as if its scores were
-        normally distributed: exp(mean + variance / 2), times its tokens. A few keys of two kinds are not, and none is
-        far above what most have: the second term is at most the standard deviation. Ranked by the average of their
-        shares in it. `again`: these queries come in the order of the last ones. `buckets` (B, H, S), of the queries.
+        The last block is filled up with its last query. `again`: these queries come in the order of the last ones.
+        `buckets` (B, H, S), of the queries.
         """
-        assert self.about is not None
         batch, queries, heads, dim = q.shape
         query_block = block_for(queries, 12)
-        scale = dim**-0.5
         q = q.transpose(1, 2)
         if self.groups not in SORTED:
             self.order = None if buckets is None else buckets.argsort(dim=2, stable=True)
@@ -179,24 +174,29 @@ class KeyBlocks:
         filled = -(-queries // query_block) * query_block
         place = torch.arange(filled, device=q.device).clamp(max=queries - 1)
         place = place.expand(batch, heads, -1) if self.order is None else self.order[..., place]
-        near = q.gather(2, place[..., None].expand(-1, -1, -1, dim)).unflatten(
-            2, (-1, query_block // min(query_block, SAMPLES))
-        )
-        means = near.mean(3, dtype=torch.float32) * scale
-        variance = means.square() @ self.about.spread.mT
-        scores = means @ self.about.k.mT + torch.minimum(variance / 2, variance.sqrt())
-        scores += self.about.log_count[:, :, None]
-        mass = scores.softmax(-1).unflatten(2, (filled // query_block, -1)).mean(3)
-        found = mass.topk(take, dim=-1).indices.sort(-1).values
-        behind = torch.arange(self.choices, self._blocks, device=q.device)
+        return q.gather(2, place[..., None].expand(-1, -1, -1, dim)).unflatten(2, (-1, query_block))
+
+    def read_best(self, rank: Tensor, take: int, query_block: int) -> None:
+        """Let each block of queries read the `take` blocks of highest `rank` (B, H, QB, KB), and those at the end."""
+        found = rank.topk(take, dim=-1).indices.sort(-1).values
+        behind = torch.arange(self.choices, self._blocks, device=rank.device)
         lists = torch.cat([found, behind.expand(*found.shape[:-1], -1)], -1).int()
-        counts = torch.full(lists.shape[:-1], lists.shape[-1], dtype=torch.int32, device=q.device)
+        counts = torch.full(lists.shape[:-1], lists.shape[-1], dtype=torch.int32, device=rank.device)
+        self.lists, self.read = BlockLists(lists, counts, query_block, self.block, ascending=True), take
+
+    def read_all_or_none(self, all_of_them: Tensor, query_blocks: int, query_block: int) -> None:
+        """Let some heads, bool (B, H), read every block and the others only those at the end. Waits for the device."""
+        blocks = torch.arange(self._blocks, device=all_of_them.device)
+        lists = torch.where(all_of_them[..., None], blocks, (blocks + self.choices) % self._blocks)
+        counts = torch.where(all_of_them, self._blocks, self._blocks - self.choices)
+        lists, counts = (x[:, :, None].repeat_interleave(query_blocks, 2).int() for x in (lists, counts))
         self.lists = BlockLists(lists, counts, query_block, self.block, ascending=True)
+        self.read = self.choices * float(all_of_them.float().mean())
 
     def chosen(self, summaries: bool) -> Chosen:
         """What was chosen, of the keys as they are now."""
         assert self.lists is not None
-        read = self.lists.lists.shape[-1] - (self._blocks - self.choices)
+        read = self.read
         return Chosen(
             self._k[:, :, : self.count].transpose(1, 2),
             self._v[:, :, : self.count].transpose(1, 2),
@@ -206,6 +206,17 @@ class KeyBlocks:
             self._summary() if summaries else None,
             read * self.block + self.count - self.choices * self.block + (self.choices - read if summaries else 0),
         )
+
+    @property
+    def k(self) -> Tensor:
+        """Keys that may be chosen, (B, H, KB, block, D)."""
+        return self._k[:, :, : self.choices * self.block].unflatten(2, (-1, self.block))
+
+    @property
+    def log_weight(self) -> Tensor | None:
+        """What is added to their scores, fp32 (B, H, KB, block); None for nothing."""
+        held = self._log_weight
+        return None if held is None else held[..., : self.choices * self.block].unflatten(2, (-1, self.block))
 
     @property
     def _blocks(self) -> int:
