@@ -8,11 +8,11 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffaccel import replay
 from diffaccel.errors import UnsupportedError
@@ -70,33 +70,41 @@ class GraphedForwards:
         self.model, self.run = model, run
         self.captured = 0
         self._seen: OrderedDict[Hashable, int] = OrderedDict()  # the block that a key was first met in
-        self._graphs: OrderedDict[Hashable, Callable[[Tensor, Tensor], Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Callable[..., Tensor]] = OrderedDict()
         self._pool: Any = None
         self._tables: dict[Grid, tuple[int, tuple[Tensor, Tensor]]] = {}  # the start they are of, and they
         run.still = True
 
     def __call__(self, latents: Tensor, timestep: Tensor, text: Tensor, **given: Any) -> Tensor:
-        """The velocity of latents (B, C, n, h, w), inside of `run.at`."""
+        """The velocity of latents (B, C, n, h, w), inside of `run.at`. Tensors in `given` are inputs of a graph too."""
+        leaves, form = tree_flatten(given)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-        now: Callable[[Tensor, Tensor], Tensor] = partial(forward, self.model, text=text, **given)
+        def now(latents: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
+            rest = iter(tensors)
+            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return forward(self.model, latents, timestep, text, **tree_unflatten(filled, form))
+
         patch = self.model.config.patch_size
         grid = Grid(*(size // side for size, side in zip(latents.shape[2:], patch, strict=True)))
-        key = replay.key(self.run, grid, text)
-        if key is None:
-            return now(latents, timestep)
+        key, others = replay.key(self.run, grid, text), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        inputs = (latents, timestep, *tensors)
+        if key is None or not all(isinstance(leaf, bool | int | float | str | None) for leaf in others):
+            return now(*inputs)
+        key = key, str(form), *others, *((x.shape, x.dtype, x.device) for x in inputs)
         block = self.run._where.block
         if key not in self._graphs:
             first = self._seen.setdefault(key, block)
             while len(self._seen) > _REMEMBERED:
                 self._seen.popitem(last=False)
             if first == block:
-                return now(latents, timestep)
-            self._graphs[key] = self._capture(now, grid, latents, timestep, text)
+                return now(*inputs)
+            self._graphs[key] = self._capture(now, grid, inputs)
             while len(self._graphs) > _MOST:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         self._rotate(grid, latents)
-        return self._graphs[key](latents, timestep)
+        return self._graphs[key](text, *inputs)
 
     def _rotate(self, grid: Grid, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The rotary tables of this block, where the graphs read them."""
@@ -110,11 +118,9 @@ class GraphedForwards:
             self._tables[grid] = self.run.start, kept
         return kept
 
-    def _capture(
-        self, now: Callable[[Tensor, Tensor], Tensor], grid: Grid, latents: Tensor, timestep: Tensor, text: Tensor
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        inputs = latents.clone(), timestep.clone()
-        self.run.tables = self._rotate(grid, latents)
+    def _capture(self, now: Callable[..., Tensor], grid: Grid, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        inputs = [x.clone() for x in given]
+        self.run.tables = self._rotate(grid, given[0])
         try:
             with replay.recording(self.run), replay.counting(self.run) as counted:
                 launch, out = self._record(lambda: now(*inputs))
@@ -123,8 +129,8 @@ class GraphedForwards:
         self.captured += 1
         branch = self.run._where.branch
 
-        def again(latents: Tensor, timestep: Tensor) -> Tensor:
-            for held, new in zip(inputs, (latents, timestep), strict=True):
+        def again(text: Tensor, *given: Tensor) -> Tensor:
+            for held, new in zip(inputs, given, strict=True):
                 held.copy_(new)
             self.run.enter(grid, branch, None, None)
             self.run.prepare_prompt(text)
