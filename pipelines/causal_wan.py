@@ -28,13 +28,13 @@ from torch import Tensor
 
 from diffaccel.accel import Accel, active_run
 from diffaccel.cache import Extent
-from diffaccel.errors import KnobError, UnsupportedError
+from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.run import Run
 from diffaccel.site import Phase
 from diffaccel.spread import devices_of
 
-from . import few_step, inputs, streaming
+from . import callbacks, conditions, few_step, inputs, rolling, streaming
 from .graphed import GraphedForwards, forward
 from .inputs import Rollout, Sampler, block_ranges
 
@@ -53,7 +53,8 @@ class CausalWanPipeline(WanPipeline):
         sampler: "multistep" takes the pipeline's own scheduler, started afresh for every block, and classifier-free
             guidance. "few_step" predicts the clean block and adds fresh noise at the next level (Self-Forcing,
             Algorithm 2): the pipeline's scheduler if it is a `FlowMatchEulerDiscreteScheduler` with
-            `stochastic_sampling=True`, else one of those with shift 5.
+            `stochastic_sampling=True`, else one of those with shift 5. "rolling" takes such steps in as many blocks at
+            once as there are steps, each a level noisier than the one before it (`rolling.py`).
 
     `prompt_warnings` holds, after a call, one sentence for each thing in the prompts the model did not get to read.
 
@@ -117,6 +118,7 @@ class CausalWanPipeline(WanPipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         callback_on_chunk_end: Callable[..., dict | None] | None = None,
+        condition: conditions.Condition | None = None,
         on_prompt_change: inputs.PromptChange = "keep",
         max_sequence_length: int = 512,
         graphs: bool = False,
@@ -127,8 +129,8 @@ class CausalWanPipeline(WanPipeline):
         Args:
             height, width: pixels; multiples of 16.
             num_frames: pixel frames of the whole video, condition included; 1 + 4k.
-            num_inference_steps: steps per block; 50 for "multistep", 4 for "few_step" unless given.
-            guidance_scale: 5 for "multistep", 1 (no guidance, one branch) for "few_step" unless given.
+            num_inference_steps: steps per block; 50 for "multistep", 4 for "few_step", 5 for "rolling" unless given.
+            guidance_scale: 5 for "multistep", 1 (no guidance, one branch) for the others unless given.
             generator: the noise of the whole video is drawn from it before the first step, then the fresh noise of
                 the few-step sampler, in an order that no cache policy changes. A list gives each row its own.
             image: first frame (PIL, (H, W, 3) or (3, H, W), [0, 1] or uint8), or one per prompt.
@@ -140,15 +142,25 @@ class CausalWanPipeline(WanPipeline):
                 history's block is committed to the cache, so that two arms can be compared block by block without
                 their differences growing along the video. The denoised latents are returned.
             frames_per_block, sampler: in place of the pipeline's config.
-            sigmas: noise levels in (0, 1], decreasing, before the scheduler's shift; 1, .75, .5, .25 for "few_step".
+            sigmas: noise levels in (0, 1], decreasing, before the scheduler's shift; 1, .75, .5, .25 for "few_step",
+                1, .8, .6, .4, .2 for "rolling".
             timesteps: noise levels times 1000 after the shift, as published (CausVid: 1000, 757, 522).
             output_type: "np" (B, F, H, W, 3) in [0, 1], "pt" (B, F, 3, H, W), "pil" lists, "latent" (B, C, L, h, w).
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`; `step` counts through all blocks,
                 `tensors["latents"]` is the block. Setting `pipe._interrupt = True` ends the video with this block.
+                Under "rolling" a step is one of all blocks in the window, and `timestep` that of the oldest.
             callback_on_chunk_end: `callback(pipe, block, num_blocks, tensors) -> dict | None` after each generated
                 block, before it is committed; `tensors` has "latents" (the block), "prompt_embeds" and, under
                 guidance, "negative_prompt_embeds". Returned latents replace the block, embeddings hold from the
                 next forward on.
+            condition: what each block is made under: `condition(block, start, pipe) -> dict | None`, asked right before
+                the first forward of the block whose first latent frame is `start`, when all frames before it have been
+                given out; or an iterable with an entry for each block. Blocks of a given image or video count. A dict
+                holds "prompt", "prompt_embeds", "negative_prompt", "negative_prompt_embeds" or further arguments of
+                the transformer's forward by their names ("attention_kwargs", "encoder_hidden_states_image", actions of
+                a model of your own), tensors on its device. It holds for the block, its clean pass included, and what
+                it leaves out stays as it was. Under "rolling" a block begins with the window that it enters, all of
+                which is under its prompt from then on; further arguments are refused.
             on_prompt_change: what becomes of the cache when the prompt changes between two blocks: "keep" it, as it
                 was computed under the earlier prompt; "recompute" it, by running the blocks it still holds something
                 of under the new one (LongLive's KV-recache, arXiv 2509.22622, section 3.2); "flush" it, so that the
@@ -228,21 +240,7 @@ class CausalWanPipeline(WanPipeline):
         except BaseException:
             self.maybe_free_model_hooks()
             raise
-        return streaming.Stream(self._stream(rollout, decoder, overlap), partial(self._change_prompt, rollout))
-
-    @torch.no_grad()
-    def _change_prompt(self, rollout: Rollout, prompt: Any, negative_prompt: Any) -> None:
-        given = {"prompt": prompt, "prompt_embeds": None}
-        if negative_prompt is not None:
-            given |= {"negative_prompt": negative_prompt, "negative_prompt_embeds": None}
-        call = SimpleNamespace(**vars(rollout.call) | given)
-        inputs.check(self, call, self.config["sampler"], self.config["frames_per_block"])
-        if inputs.prompt_count(call) != inputs.prompt_count(rollout.call):
-            raise KnobError(
-                f"a stream of {inputs.prompt_count(rollout.call)} prompts goes on with as many, "
-                f"got {inputs.prompt_count(call)}"
-            )
-        rollout.embeds.update(self._encode_prompts(call))
+        return streaming.Stream(self._stream(rollout, decoder, overlap), partial(conditions.change, self, rollout))
 
     @torch.no_grad()
     def _stream(self, rollout: Rollout, decoder: streaming.Decoder | None, overlap: bool) -> Generator[Any, None, None]:
@@ -284,7 +282,11 @@ class CausalWanPipeline(WanPipeline):
         try:
             call, rows = rollout.call, rollout.latents.shape[0]
             size = (call.num_frames, call.height, call.width)
-            run.begin(total, self.extent(*size, len(rollout.embeds), rows, call.frames_per_block))
+            if rollout.rolling:
+                rolling.refuse(run)
+            window = rollout.steps if rollout.rolling else 1
+            run.begin(total, self.extent(*size, len(rollout.embeds), rows, call.frames_per_block, window))
+            rollout.cached = rollout.embeds["cond"]
             rollout.forward = (
                 GraphedForwards(self.transformer, run) if call.graphs else partial(forward, self.transformer)
             )
@@ -294,18 +296,19 @@ class CausalWanPipeline(WanPipeline):
                         raise UnsupportedError(
                             "the Accel this stream began under was left and its cache is gone; exhaust streams inside"
                         )
-                    block, prompt = rollout.latents[:, :, frames.start : frames.stop], rollout.embeds["cond"]
+                    block = rollout.latents[:, :, frames.start : frames.stop]
+                    conditions.ask(self, rollout, run, index, finished=index)
                     if index >= rollout.given:
                         with run.clock("denoise", rollout.latents.device):
                             denoised = self._denoise_block(rollout, run, index, block, bar)
-                        block.copy_(self._end_chunk(rollout, index, denoised))
+                        block.copy_(callbacks.end_chunk(self, rollout, index, denoised))
                     yield block
                     if self.interrupt:
                         return
                     if frames.stop < total:
                         with run.clock("denoise", rollout.latents.device):
-                            if rollout.embeds["cond"] is not prompt:
-                                self._prompt_changed(rollout, run, index)
+                            if rollout.embeds["cond"] is not rollout.cached:
+                                conditions.renew(self, rollout, run, index)
                             self._commit_block(rollout, run, index)
         finally:
             self._generating, run.still = False, False
@@ -318,15 +321,17 @@ class CausalWanPipeline(WanPipeline):
         branches: int,
         rows: int = 1,
         frames_per_block: int | None = None,
+        window: int = 1,
     ) -> Extent:
-        """What a call with these arguments holds in its cache; `branches` is 2 under guidance."""
+        """What a call with these arguments holds in its cache; `branches` is 2 under guidance, `window` the blocks that
+        are denoised together."""
         config, scale = self.transformer.config, self.vae_scale_factor_spatial
         p_t, p_h, p_w = config.patch_size
         frames = (1 + (num_frames - 1) // self.vae_scale_factor_temporal) // p_t
         block = self.config["frames_per_block"] if frames_per_block is None else frames_per_block
         return Extent(
             frames=frames,
-            block=Grid(max(1, min(block, frames) // p_t), height // scale // p_h, width // scale // p_w),
+            block=Grid(max(1, min(window * block, frames) // p_t), height // scale // p_h, width // scale // p_w),
             layers=config.num_layers,
             heads=config.num_attention_heads // devices_of(self.transformer),
             head_dim=config.attention_head_dim,
@@ -337,6 +342,8 @@ class CausalWanPipeline(WanPipeline):
 
     def _denoise_block(self, rollout: Rollout, run: Run, index: int, latents: Tensor, bar: Any) -> Tensor:
         """Takes one block from noise to a clean block, (B, C, n, h, w)."""
+        if rollout.rolling:
+            return rolling.finish_block(self, rollout, run, index, bar)
         call, scheduler = rollout.call, copy.deepcopy(rollout.scheduler)
         extra = {"generator": call.generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         fresh = few_step.fits(scheduler)
@@ -349,11 +356,8 @@ class CausalWanPipeline(WanPipeline):
                 latents = few_step.step(scheduler, velocity, t, latents, call.generator)
             else:
                 latents = scheduler.step(velocity, t, latents, return_dict=False, **extra)[0]
-            if call.callback_on_step_end is not None:
-                everything = self._tensors(rollout, latents)
-                tensors = {name: everything.get(name) for name in call.callback_on_step_end_tensor_inputs}
-                count = (index - rollout.given) * rollout.steps + step
-                latents = self._accept(rollout, latents, call.callback_on_step_end(self, count, t, tensors))
+            count = (index - rollout.given) * rollout.steps + step
+            latents = callbacks.end_step(self, rollout, count, t, latents)
             bar.update()
         self._current_timestep = None
         return latents
@@ -365,31 +369,31 @@ class CausalWanPipeline(WanPipeline):
         context = context[:, :, frames.start : frames.stop]
         self._predict(rollout, run, index, context, context.new_zeros(()), rollout.steps, "clean")
 
-    def _prompt_changed(self, rollout: Rollout, run: Run, index: int) -> None:
-        """Before block `index` is committed under a new prompt: keep, recompute or drop what earlier ones left."""
-        how = rollout.call.on_prompt_change
-        if how == "keep":
-            return
-        held = run.frames_kept()
-        run.flush()
-        if how == "recompute":
-            for earlier, frames in enumerate(rollout.blocks[:index]):
-                if not held.isdisjoint(frames):
-                    self._commit_block(rollout, run, earlier)
-
     def _predict(
-        self, rollout: Rollout, run: Run, index: int, latents: Tensor, t: Tensor, step: int, phase: Phase
+        self,
+        rollout: Rollout,
+        run: Run,
+        index: int,
+        latents: Tensor,
+        t: Tensor,
+        step: int,
+        phase: Phase,
+        newest: int | None = None,
     ) -> Tensor:
-        """The velocity (B, C, n, h, w) in fp32, guided if there is guidance; one forward a branch."""
-        timestep = t.expand(latents.shape[0])
-        if self.config["expand_timesteps"]:
-            patch = self.transformer.config.patch_size
-            tokens = prod(size // p for size, p in zip(latents.shape[2:], patch, strict=True))
-            timestep = timestep[:, None].expand(-1, tokens)
+        """The velocity (B, C, n, h, w) in fp32, guided if there is guidance; one forward a branch.
+
+        `t` is the time of all, or of each latent frame (n,). `latents` begin with block `index` and end with `newest`.
+        """
+        rows, patch = latents.shape[0], self.transformer.config.patch_size
+        if t.ndim or self.config["expand_timesteps"]:  # each token its own
+            per_frame = prod(size // p for size, p in zip(latents.shape[3:], patch[1:], strict=True))
+            timestep = t.expand(latents.shape[2])[:: patch[0]].repeat_interleave(per_frame).expand(rows, -1)
+        else:
+            timestep = t.expand(rows)
         velocity = {}
         for branch in ("cond", "uncond") if self.do_classifier_free_guidance else ("cond",):
             where = run.at(
-                block=index,
+                block=index if newest is None else newest,
                 start=rollout.blocks[index].start,
                 step=step,
                 steps=rollout.steps,
@@ -403,36 +407,11 @@ class CausalWanPipeline(WanPipeline):
                     latents.to(self.transformer.dtype),
                     timestep,
                     rollout.embeds[branch],
-                    attention_kwargs=self.attention_kwargs,
+                    **rollout.extra_of(index),
                 ).float()
         if "uncond" not in velocity:
             return velocity["cond"]
         return velocity["uncond"] + self.guidance_scale * (velocity["cond"] - velocity["uncond"])
-
-    def _end_chunk(self, rollout: Rollout, index: int, latents: Tensor) -> Tensor:
-        callback = rollout.call.callback_on_chunk_end
-        if callback is None:
-            return latents
-        returned = callback(self, index, len(rollout.blocks), self._tensors(rollout, latents))
-        return self._accept(rollout, latents, returned)
-
-    def _tensors(self, rollout: Rollout, latents: Tensor) -> dict[str, Tensor]:
-        tensors = {"latents": latents, "prompt_embeds": rollout.embeds["cond"]}
-        if "uncond" in rollout.embeds:
-            tensors["negative_prompt_embeds"] = rollout.embeds["uncond"]
-        return tensors
-
-    def _accept(self, rollout: Rollout, latents: Tensor, returned: dict[str, Tensor] | None) -> Tensor:
-        """Takes over what a callback returned; the latents to go on with."""
-        returned = returned or {}
-        if unknown := set(returned) - set(self._callback_tensor_inputs):
-            raise KnobError(
-                f"a callback may return {', '.join(self._callback_tensor_inputs)}, got {', '.join(sorted(unknown))}"
-            )
-        for name, branch in (("prompt_embeds", "cond"), ("negative_prompt_embeds", "uncond")):
-            if returned.get(name) is not None:
-                rollout.embeds[branch] = returned[name].to(rollout.embeds["cond"])
-        return returned.get("latents", latents)
 
     def _prepare(self, call: SimpleNamespace) -> Rollout:
         """Checks the arguments, encodes prompts and condition, draws the noise and cuts the blocks."""
@@ -457,17 +436,19 @@ class CausalWanPipeline(WanPipeline):
             condition = streaming.encode(self.vae, pixels).to(latents)
             given = condition.shape[2]
             latents[:, :, :given] = condition.repeat_interleave(latents.shape[0] // condition.shape[0], dim=0)
-        past = inputs.block_ranges(0, given, size)
+        past, new = inputs.block_ranges(0, given, size), inputs.block_ranges(given, latents.shape[2], size)
         rollout = Rollout(
             embeds=embeds,
             latents=latents,
             history=None if call.history is None else call.history.to(latents),
-            blocks=past + inputs.block_ranges(given, latents.shape[2], size),
+            blocks=past + new,
             given=len(past),
             scheduler=scheduler,
             call=call,
+            rolling=sampler == "rolling",
+            condition=conditions.asked(call.condition, len(past + new)),
         )
-        self._num_timesteps = (len(rollout.blocks) - rollout.given) * rollout.steps
+        self._num_timesteps = len(new) - 1 + rollout.steps if rollout.rolling else len(new) * rollout.steps
         return rollout
 
     def _encode_prompts(self, call: SimpleNamespace) -> dict[str, Tensor]:

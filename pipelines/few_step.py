@@ -25,9 +25,17 @@ def step(scheduler: Any, velocity: Tensor, t: Tensor, latents: Tensor, generator
     if scheduler.step_index is None:
         scheduler._init_step_index(t)
     now, following = scheduler.sigmas[scheduler.step_index], scheduler.sigmas[scheduler.step_index + 1]
+    scheduler._step_index += 1
+    return renoised(latents, velocity, now, following, generator)
+
+
+def renoised(latents: Tensor, velocity: Tensor, now: Tensor, following: Tensor, generator: Any) -> Tensor:
+    """The clean latents (B, C, n, h, w) that a velocity leads to from level `now`, with fresh noise at `following`.
+
+    Levels in [0, 1], one for all or (n, 1, 1).
+    """
     sample = latents.float()
     clean = sample - now * velocity
-    scheduler._step_index += 1
     return ((1.0 - following) * clean + following * _noise(sample, generator)).to(velocity.dtype)
 
 

@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from math import lcm
@@ -20,13 +20,13 @@ from torch import Tensor
 from diffaccel.errors import KnobError
 from diffaccel.suggest import choose
 
-Sampler = Literal["multistep", "few_step"]
+Sampler = Literal["multistep", "few_step", "rolling"]
 PromptChange = Literal["keep", "recompute", "flush"]
-SAMPLERS = ("multistep", "few_step")
+SAMPLERS = ("multistep", "few_step", "rolling")
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-DEFAULT_STEPS = {"multistep": 50, "few_step": 4}
-DEFAULT_GUIDANCE = {"multistep": 5.0, "few_step": 1.0}
-FEW_STEP_SHIFT = 5.0  # the shift Self-Forcing, LongLive and their descendants were distilled with
+DEFAULT_STEPS = {"multistep": 50, "few_step": 4, "rolling": 5}
+DEFAULT_GUIDANCE = {"multistep": 5.0, "few_step": 1.0, "rolling": 1.0}
+FEW_STEP_SHIFT = 5.0  # the shift Self-Forcing, LongLive, Rolling Forcing and others were distilled with
 
 
 @dataclass
@@ -39,8 +39,17 @@ class Rollout:
     blocks: list[range]  # latent frames of every block
     given: int  # how many of the blocks come from the condition
     scheduler: Any  # its steps are set; every block starts from a copy
-    call: SimpleNamespace  # the arguments of the call
+    call: SimpleNamespace  # the arguments of the call; the prompt is the one that holds now
+    rolling: bool = False  # whether blocks are denoised together
+    condition: Callable[[int, int, Any], Mapping[str, Any] | None] | None = None  # asked for what each block is under
+    asked: int = 0  # the first block it was not asked for
+    extra: dict[int, dict[str, Any]] = field(default_factory=dict)  # what the model is given more, block by block
+    cached: Tensor | None = None  # the prompt that the cache was last brought in line with
     forward: Callable[..., Tensor] | None = None  # latents, time and prompt to a velocity
+
+    def extra_of(self, block: int) -> dict[str, Any]:
+        """What the model is given for a block beside latents, time and prompt."""
+        return self.extra.get(block, {"attention_kwargs": self.call.attention_kwargs})
 
     @property
     def steps(self) -> int:
@@ -217,21 +226,21 @@ def block_schedule(
 
     Args:
         scheduler: the pipeline's.
-        sampler: "few_step" needs a `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling=True`, whose step is
-            x0 = x - sigma * v, then (1 - sigma') * x0 + sigma' * fresh noise; one with shift 5 is made if `scheduler`
-            is not.
-        steps: how many; with few_step their levels are 1, 1 - 1/steps, ... before the shift.
+        sampler: "few_step" and "rolling" need a `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling=True`,
+            whose step is x0 = x - sigma * v, then (1 - sigma') * x0 + sigma' * fresh noise; one with shift 5 is made
+            if `scheduler` is not.
+        steps: how many; with those two their levels are 1, 1 - 1/steps, ... before the shift.
         sigmas: levels in (0, 1] before the shift, decreasing.
         timesteps: levels times `num_train_timesteps` after the shift, decreasing.
     """
     scheduler = copy.deepcopy(scheduler)
     euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    if sampler == "few_step" and not (euler and scheduler.config.stochastic_sampling):
+    if sampler != "multistep" and not (euler and scheduler.config.stochastic_sampling):
         scheduler, euler = FlowMatchEulerDiscreteScheduler(shift=FEW_STEP_SHIFT, stochastic_sampling=True), True
     given = _check_levels(scheduler, steps, sigmas, timesteps)
     if given is None:
         steps = steps or DEFAULT_STEPS[sampler]
-        if sampler == "few_step":
+        if sampler != "multistep":
             scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
         else:
             scheduler.set_timesteps(steps, device=device)

@@ -10,6 +10,7 @@ refuses them with the reason, and takes `exact`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from diffaccel.accel import Accel
@@ -63,7 +64,10 @@ def auto(pipe: Any, num_frames: int, height: int, width: int, frames_per_block: 
     if share < limit:
         return Accel(), f"dense: {seen}"
     chosen = Accel(cache=TempCache(threshold=0.9, budget="24 frames"), reuse=FlashBlock(refresh=2))
-    return chosen if device == "cuda" else balanced(), f"techniques on: {seen}"
+    chosen = chosen if device == "cuda" else balanced()
+    if pipe.config["sampler"] == "rolling":  # where nothing is reused
+        chosen = replace(chosen, reuse=None)
+    return chosen, f"techniques on: {seen}"
 
 
 PAYS = {"cpu": 0.3, "cuda": 3.0}

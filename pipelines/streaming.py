@@ -156,7 +156,7 @@ class Decodes:
 class Stream(Iterator[Any]):
     """The chunks of one video, as they are generated; between two of them the prompt may change."""
 
-    def __init__(self, chunks: Generator[Any, None, None], change: Callable[[Any, Any], None]) -> None:
+    def __init__(self, chunks: Generator[Any, None, None], change: Callable[[dict[str, Any]], None]) -> None:
         self._chunks, self._change = chunks, change
 
     def __next__(self) -> Any:
@@ -174,7 +174,7 @@ class Stream(Iterator[Any]):
         """
         if inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED:
             raise UnsupportedError("the video of this stream has ended, so no block would follow another prompt")
-        self._change(prompt, negative_prompt)
+        self._change({"prompt": prompt} | ({} if negative_prompt is None else {"negative_prompt": negative_prompt}))
 
 
 class StreamingDecoder:

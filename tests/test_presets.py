@@ -59,6 +59,11 @@ def test_auto_takes_techniques_where_the_past_is_what_counts(frames, techniques)
     assert techniques == (operations / rest >= PAYS["cpu"])
 
 
+def test_auto_reuses_nothing_in_a_rolling_window():
+    chosen, _ = auto(tiny_pipeline("rolling"), 2001, 64, 64)
+    assert (chosen.cache is None, chosen.reuse) == (False, None)
+
+
 def test_auto_leaves_a_pipeline_without_blocks_dense():
     chosen, why = auto(WanPipeline(**tiny_components()), 2001, 64, 64)
     assert chosen == Accel()

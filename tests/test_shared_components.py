@@ -250,7 +250,10 @@ MISTAKES = {
     "itself": (say(base="."), "has a base itself"),
     "base that is no path": (say(base=3), "must hold a name as 'base', got 3"),
     "base that is empty": (say(base=""), "must hold a name as 'base', got ''"),
-    "sampler": (say(sampler="few_steps"), "unknown sampler in .*: choose one of multistep, few_step; did you mean"),
+    "sampler": (
+        say(sampler="few_steps"),
+        "unknown sampler in .*: choose one of multistep, few_step, rolling; did you mean",
+    ),
     "sampler that is no name": (say(sampler=4), "must hold a name as 'sampler', got 4"),
     "sampler of stock": (say(pipeline="stock"), 'names a sampler, which is for "pipeline": "causal"'),
     "own weights": (

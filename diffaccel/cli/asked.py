@@ -46,7 +46,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")]
 Offload = Annotated[str, typer.Option(help="none, model or sequential")]
 Kind = Annotated[str | None, typer.Option("--pipeline", help="causal or stock  [default: the checkpoint's own]")]
-Sampler = Annotated[str | None, typer.Option(help="multistep or few_step  [default: the checkpoint's own]")]
+Sampler = Annotated[str | None, typer.Option(help="multistep, few_step or rolling  [default: the checkpoint's own]")]
 Compiling = Annotated[str, typer.Option("--compile", help="the transformer's blocks: on, off, or auto")]
 LpipsWeights = Annotated[
     str | None,

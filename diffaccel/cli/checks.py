@@ -167,7 +167,7 @@ def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompt
 
     from .. import backbone
     from ..errors import UnsupportedError
-    from ..pipelines.inputs import SAMPLERS, check_frames, check_size, unread
+    from ..pipelines.inputs import DEFAULT_GUIDANCE, SAMPLERS, check_frames, check_size, unread
 
     causal = bool(getattr(pipe, "block_causal", False))
     family, denoisers = backbone.find(pipe)
@@ -184,7 +184,7 @@ def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompt
                 "leave it out, or use --pipeline causal with a causal checkpoint"
             )
     sampler = arguments.get("sampler", pipe.config.get("sampler"))
-    guidance = arguments.get("guidance_scale", 1 if sampler == "few_step" else None)
+    guidance = arguments.get("guidance_scale", DEFAULT_GUIDANCE.get(sampler))
     if "negative_prompt" in arguments and guidance is not None and guidance <= 1:
         raise UsageError(
             f"--negative acts through guidance, which is {guidance:g}; pass --guidance above 1 or leave --negative out"
