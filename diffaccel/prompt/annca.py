@@ -47,10 +47,11 @@ class AnnCA(PadCollapse):
         if not self.bits:
             return Fixed(prompt)
         known: dict[int, Any] = run.scratch("prompt", site.branch).setdefault("near", {})
-        place, kept = known.get(site.layer, (None, []))
-        if place != (site.block, prompt.count) or not run.causal:
+        before, kept = known.get(site.layer, (None, []))
+        place = site.block, prompt.count, run._prompt
+        if before != place or not run.causal:
             kept = self._kept(q, prompt)
-            known[site.layer] = (site.block, prompt.count), kept
+            known[site.layer] = place, kept
         if all(len(stays) == prompt.count for stays, _ in kept):
             return Fixed(prompt)
         run.fired("prompt")
