@@ -137,7 +137,10 @@ class ReusePolicy(Policy):
         tuple: compute these heads and reuse the others."""
 
     def cross(self, site: "Site", run: "Run", compute: Callable[[], Tensor]) -> Tensor:
-        """Attention to the prompt, (B, S, H, D): computed, or what was kept of it."""
+        """Attention to the prompt, (B, S, H, D): computed, or what was kept of it.
+
+        Where several devices share the model (`run.spread`) the queries are a device's own, of all heads.
+        """
         return compute()
 
     def looks_first(self, site: "Site", run: "Run") -> bool:

@@ -36,10 +36,11 @@ class Port:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spread = self.spread if self.part == "self" else None  # all devices have the whole prompt
         with self.run.timed(q.device, self.layer, self.part):
-            if spread is not None:
-                q, k, v = map(spread.heads, (q, k, v))
-            out = attend(q, k, v, self.run.site(self.layer, self.part), self.run)
-            return out if spread is None else spread.tokens(out)
+            site = self.run.site(self.layer, self.part)
+            if spread is None:
+                return attend(q, k, v, site, self.run)
+            q, k, v = spread.heads((q, k, v), site.text)
+            return spread.tokens(attend(q, k, v, site, self.run), site.text)
 
     def attend_projected(
         self, q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor

@@ -2,10 +2,12 @@
 
 Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): two exchanges of everybody with everybody around an attention. A cache
 then holds a device's own heads, so memory and attention are divided by the number of devices, and what a policy does
-head by head it does here as on one.
+head by head it does here as on one. Text in one attention with the video is split as the video is, or whole everywhere.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .policy import PromptPolicy, ReusePolicy
+from .joint import Text
+from .policy import PromptPolicy
 
 if TYPE_CHECKING:
     from .accel import Accel
@@ -21,14 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """The `size` devices of a `group`, of which this is number `rank`."""
+    """The `size` devices of a `group`, of which this is number `rank`.
+
+    `whole_text`: each has all text tokens of a joint attention; otherwise they are split, as the video's are.
+    """
 
     group: Any
     size: int
     rank: int
+    whole_text: bool = False
 
     @staticmethod
-    def of(config: Any, accel: "Accel") -> "Spread | None":
+    def of(config: Any, accel: "Accel", whole_text: bool = False) -> "Spread | None":
         """What diffusers' `enable_parallelism` set up, None where it did not.
 
         Raises `UnsupportedError` where it is no plain Ulysses, and for techniques that would see a share of what they
@@ -46,25 +53,53 @@ class Spread:
         if why := _sees_a_share(accel):
             raise UnsupportedError(f"each of several devices holds some heads or some tokens, and {why}")
         mesh = parallel._ulysses_mesh
-        return Spread(mesh.get_group(), parallel.ulysses_degree, mesh.get_local_rank())
+        return Spread(mesh.get_group(), parallel.ulysses_degree, mesh.get_local_rank(), whole_text)
 
-    def check(self, heads: int, tokens: int) -> None:
+    def check(self, heads: int, tokens: int, text: Text | None = None) -> None:
         """Refuse what does not divide."""
-        for count, what in ((heads, "heads"), (tokens, "tokens of a forward")):
+        words = 0 if text is None or self.whole_text else text.tokens
+        for count, what, remedy in (
+            (heads, "heads", ""),
+            (tokens, "tokens of a forward", ", a size of frame or frames_per_block"),
+            (words, "tokens of a prompt", " or a longer max_sequence_length, or pad prompt_embeds and their mask"),
+        ):
             if count % self.size:
                 raise UnsupportedError(
-                    f"{count} {what} cannot be shared by {self.size} devices: choose a number of devices, a size of "
-                    "frame or frames_per_block that divides"
+                    f"{count} {what} cannot be shared by {self.size} devices: choose a number of devices{remedy} "
+                    "that divides"
                 )
 
-    def heads(self, x: Tensor) -> Tensor:
-        """A device's own tokens of all heads (B, s, H, D) become all tokens of its own heads (B, S, h, D)."""
-        return self._exchange(x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)).transpose(0, 1).flatten(1, 2)
+    def heads(self, parts: Sequence[Tensor], text: Text | None = None) -> tuple[Tensor, ...]:
+        """A device's own tokens of all heads, each (B, s, H, D), become all tokens of its own heads (B, S, h, D).
 
-    def tokens(self, x: Tensor) -> Tensor:
+        All of the parts in one exchange. What comes are views of it: channels lie together, tokens need not.
+        """
+        sent = torch.stack([x.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for x in parts], 3)
+        if text is None:
+            whole = self._exchange(sent).flatten(0, 1)
+        else:
+            if self.whole_text:
+                video, words = text.split(sent)
+                video, words = self._exchange(video).flatten(0, 1), words[self.rank]
+            else:
+                share = replace(text, tokens=text.tokens // self.size)
+                video, words = (x.flatten(0, 1) for x in share.split(self._exchange(sent)))
+            whole = text.join(video[None], words[None])[0]
+        return whole.transpose(0, 1).unbind(2)
+
+    def tokens(self, x: Tensor, text: Text | None = None) -> Tensor:
         """The way back, (B, S, h, D) to (B, s, H, D)."""
-        split = x.unflatten(1, (self.size, -1)).transpose(0, 1)
-        return self._exchange(split).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        if text is None:
+            sent = self._by_device(x)
+        else:
+            video, words = text.split(x)
+            every = words.transpose(0, 1).expand(self.size, -1, -1, -1, -1)
+            sent = text.join(self._by_device(video), every if self.whole_text else self._by_device(words))
+        return self._exchange(sent).permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+    def _by_device(self, x: Tensor) -> Tensor:
+        """(B, S, h, D) as (N, s, B, h, D)."""
+        return x.unflatten(1, (self.size, -1)).permute(1, 2, 0, 3, 4)
 
     def mean(self, x: Tensor) -> Tensor:
         """Over the devices."""
@@ -75,6 +110,12 @@ class Spread:
         """The largest of the devices'."""
         dist.all_reduce(x := x.clone(), dist.ReduceOp.MAX, group=self.group)
         return x
+
+    def least(self, number: int) -> int:
+        """The smallest of the devices' numbers, told from host to host: no device is waited for."""
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=_hosts(self.group))
+        return int(found)
 
     def own(self, table: Tensor, dim: int) -> Tensor:
         """This device's share of something that all have whole."""
@@ -89,10 +130,23 @@ class Spread:
 
 
 def devices_of(model: Any) -> int:
-    """How many devices share the heads of a model."""
+    """How many devices share a forward of a model."""
     config = getattr(model, "_parallel_config", None)
     parallel = getattr(config, "context_parallel_config", None)
-    return 1 if parallel is None else int(parallel.ulysses_degree)
+    return 1 if parallel is None else int(parallel.ulysses_degree * parallel.ring_degree)
+
+
+def group_of(model: Any) -> Any:
+    """The processes that share the heads of a model."""
+    return model._parallel_config.context_parallel_config._ulysses_mesh.get_group()
+
+
+@cache
+def _hosts(group: Any) -> Any:
+    """The same processes, through their hosts."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
 def _sees_a_share(accel: "Accel") -> str | None:
@@ -105,8 +159,6 @@ def _sees_a_share(accel: "Accel") -> str | None:
         return "a profile tells heads apart by their number in the whole model: leave reuse.profile out"
     if accel.prompt is not None and type(accel.prompt).near is not PromptPolicy.near:
         return f"{type(accel.prompt).__name__} chooses by all queries: leave it out"
-    if accel.reuse is not None and type(accel.reuse).cross is not ReusePolicy.cross:
-        return f"{type(accel.reuse).__name__} keeps cross-attention of the whole frame: leave it out"
     if getattr(accel.selection, "groups", "") == "prompt":
         return "selection.groups='prompt' goes by all queries: take 'kmeans'"
     return None

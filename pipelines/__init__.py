@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoints import CheckpointError, load_self_forcing
     from .free_swim import FreeSwimPipeline
     from .inputs import block_ranges
+    from .sharing import share_heads
     from .streaming import StreamingDecoder
 
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "block_ranges": "inputs",
     "FreeSwimPipeline": "free_swim",
     "StreamingDecoder": "streaming",
+    "share_heads": "sharing",
     "CheckpointError": "checkpoints",
     "load_self_forcing": "checkpoints",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "StreamingDecoder",
     "block_ranges",
     "load_self_forcing",
+    "share_heads",
 ]
 
 

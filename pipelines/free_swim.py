@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from diffaccel import Accel, FullFieldGuide, Grid, InwardWindow, Run
 from diffaccel.errors import KnobError, UnsupportedError
+from diffaccel.spread import devices_of
 from diffaccel.suggest import choose
 from diffaccel.video import to_uint8
 
@@ -123,7 +124,7 @@ class FreeSwimPipeline:
         heads = config.num_attention_heads
         width = config.attention_head_dim
         entry = width + 4 if hold == "int8" else width * self.pipe.transformer.dtype.itemsize
-        return int(config.num_layers * frames * rows * columns * heads * entry)
+        return int(config.num_layers * frames * rows * columns * heads * entry) // devices_of(self.pipe.transformer)
 
     def frames_at_once(self, num_frames: int) -> int:
         """Latent frames of so many pixel frames that go through the model together."""

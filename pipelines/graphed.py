@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -18,10 +19,11 @@ from diffaccel import replay
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
 from diffaccel.run import Run
-from diffaccel.spread import devices_of
+from diffaccel.spread import devices_of, group_of
 
 _MOST = 8  # graphs held, each with what a forward needs
 _REMEMBERED = 64
+_RUN, _CAPTURE, _REPLAY = range(3)
 
 
 def forward(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, **given: Any) -> Tensor:
@@ -36,8 +38,8 @@ def unfit(model: Any) -> str | None:
     """Why forwards of a model cannot be captured, or None."""
     if model.device.type != "cuda":
         return f"these are on {model.device}; leave graphs out"
-    if devices_of(model) > 1:
-        return "these share a model with other devices; leave graphs out"
+    if devices_of(model) > 1 and (backend := dist.get_backend(group_of(model))) != "nccl":
+        return f"these are of a model that is shared over {backend}, which the host takes part in; leave graphs out"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "offload moves these; leave one of the two out"
     return None
@@ -89,22 +91,31 @@ class GraphedForwards:
         grid = Grid(*(size // side for size, side in zip(latents.shape[2:], patch, strict=True)))
         key, others = replay.key(self.run, grid, text), [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         inputs = (latents, timestep, *tensors)
-        if key is None or not all(isinstance(leaf, bool | int | float | str | None) for leaf in others):
+        if key is not None and all(isinstance(leaf, bool | int | float | str | None) for leaf in others):
+            key = key, str(form), *others, *((x.shape, x.dtype, x.device) for x in inputs)
+        else:
+            key = None
+        due = self._due(key)
+        if due == _RUN:
             return now(*inputs)
-        key = key, str(form), *others, *((x.shape, x.dtype, x.device) for x in inputs)
-        block = self.run._where.block
-        if key not in self._graphs:
-            first = self._seen.setdefault(key, block)
-            while len(self._seen) > _REMEMBERED:
-                self._seen.popitem(last=False)
-            if first == block:
-                return now(*inputs)
+        if due == _CAPTURE:
             self._graphs[key] = self._capture(now, grid, inputs)
             while len(self._graphs) > _MOST:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         self._rotate(grid, latents)
         return self._graphs[key](text, *inputs)
+
+    def _due(self, key: Hashable | None) -> int:
+        """What becomes of a forward; devices that share it do alike, whatever lies where on each."""
+        due, block = _RUN, self.run._where.block
+        if key in self._graphs:
+            due = _REPLAY
+        elif key is not None and self._seen.setdefault(key, block) != block:
+            due = _CAPTURE
+        while len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        return due if self.run.spread is None else self.run.spread.least(due)
 
     def _rotate(self, grid: Grid, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The rotary tables of this block, where the graphs read them."""
@@ -145,8 +156,10 @@ class GraphedForwards:
     def _record(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What launches the forward again, and where that leaves its result."""
         graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread of its own that asks the GPU what is done
+        mode = "global" if self.run.spread is None else "thread_local"
         try:
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 out = forward()
         except RuntimeError as error:
             why = str(error).splitlines()[0]

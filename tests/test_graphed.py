@@ -61,6 +61,10 @@ def in_place(q, room, scale):
 
 @pytest.fixture
 def launched(monkeypatch):
+    return launching(monkeypatch)
+
+
+def launching(monkeypatch):
     """On the CPU: a recorded forward is run again, with nothing counted. Gives the objects that were made."""
     held = []
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers import ContextParallelConfig, HunyuanVideoFramepackTransformer3DModel
 from oracle import assert_within, attention64
 from tiny import CHANNELS, HEIGHT, WIDTH, text_of, tiny_hunyuan_pipeline, tiny_hunyuan_video
 from torch._dynamo.testing import CompileCounter
@@ -249,8 +249,9 @@ def test_what_would_be_split_or_replaced_is_refused(pipe):
     with pytest.raises(UnsupportedError, match="runs Mine already"):
         Accel().apply(pipe)
     attention.processor = stock
-    stock._parallel_config = object()
-    with pytest.raises(UnsupportedError, match="context parallelism"):
+    config = SimpleNamespace(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    pipe.transformer._parallel_config = config
+    with pytest.raises(UnsupportedError, match=r"split otherwise than diffaccel expects: call share_heads\(pipe\)"):
         Accel().apply(pipe)
 
 

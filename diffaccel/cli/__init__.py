@@ -42,6 +42,7 @@ from .demo import demo
 from .evaluate import app as evaluation
 from .job import Job, finish
 from .reporting import report as write_report
+from .sharing import check_sharing, share
 from .show import counts_steps, print_report, progress_bar, readable
 from .tuning import tune
 
@@ -113,6 +114,9 @@ def generate(
             help="replay forwards that repeat as CUDA graphs; attention is not timed then  [default: with preset auto]",
         ),
     ] = None,
+    ulysses: Annotated[
+        int | None, typer.Option(metavar="N", help="share the heads of one video between the N processes of torchrun")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of the file  [default: 16]")] = None,
     report: Annotated[Path | None, typer.Option(help="write what happened as JSON")] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for pictures of the cache: length, recall, time")] = None,
@@ -136,6 +140,9 @@ def generate(
             require(not plots.exists() or plots.is_dir(), f"--plots names a folder, and '{plots}' is a file")
         if profile is not None:
             check_profile(profile, profile_blocks, comparing=comparing)
+        if ulysses is not None:
+            observing = plots is not None
+            check_sharing(ulysses, texts, comparing=comparing, observing=observing, device=device, offload=offload)
         width, height = parse_size(size) if size else (None, None)
         require(steps is None or steps >= 1, f"--steps must be at least 1, got {steps}")
         require(fps is None or 0 < fps <= 240, f"--fps must lie in (0, 240], got {fps}")
@@ -151,6 +158,8 @@ def generate(
         from ..pipelines.compiling import MODES, compile_if, to_come  # imports diffusers, as what was opened did
 
         choose(compiling, MODES, "--compile")
+        if ulysses is not None:
+            share(pipe)
         if graphs:
             check_graphs(pipe, comparing=comparing, observing=plots is not None)
         require(
@@ -176,8 +185,8 @@ def generate(
             arguments["graphs"] = True
         if sentence := compile_if(compiling, pipe, *to_come(pipe, arguments, len(texts) * (1 + comparing))):
             say(f"note: {sentence}")
-        job = Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None)
-        if profile is not None:
+        job = Job(pipe, accel, arguments, seed, fps, many=many, observe=plots is not None, devices=ulysses or 1)
+        if profile is not None and job.writes:
             job = dataclasses.replace(job, profile=(profile, profile_blocks))
         require(ranks().count == 1 or not comparing, "--compare is for one process; diffaccel eval quality is for more")
         if speaks():
@@ -196,6 +205,8 @@ def generate(
                     typer.echo(f"plot: {plot_cache(result.report, plots / name)}")
                 else:
                     typer.echo("no plot: no block was finished and kept, so there is nothing to draw")
+        if ulysses is not None:
+            ranks().wait()  # torchrun ends all once one exits with another code than 0
         finish(results, asked=(preset not in (None, "auto") and own is None) or bool(changes))
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..ranks import ranks, speaks
+from ..ranks import Ranks, ranks, speaks
 from .checks import fail, say
+from .sharing import Elsewhere
 from .show import Shower, counts_steps, out_console, print_report, progress_bar
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ class Job:
     many: bool
     observe: bool = False
     profile: tuple[Path, int] | None = None  # the file of a trace, and how many blocks it is of
+    devices: int = 1  # that share each video, of which the first process writes it
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process decodes and writes."""
+        return self.devices == 1 or ranks().main
 
     def generate(self, prompts: Sequence[str], out: Path) -> list[Result]:
         """A video a prompt; stops after the first that is interrupted. Processes launched together share them."""
@@ -46,7 +53,7 @@ class Job:
         if self.many:
             out.mkdir(exist_ok=True)
             files = [out / f"{name}.mp4" for name in slugs(prompts)]
-        results, who = [], ranks()
+        results, who = [], ranks() if self.devices == 1 else Ranks()
         for number, prompt, file in who.share(list(zip(range(len(files)), prompts, files, strict=True))):
             results.append(self._one(prompt, file, traces=number == 0))
             if results[-1].interrupted:
@@ -58,7 +65,7 @@ class Job:
         from ..video import VideoWriter
 
         idle = stopped = run = None
-        writer = VideoWriter(file, self.fps)
+        writer = VideoWriter(file, self.fps) if self.writes else Elsewhere()
         try:
             timing = not self.arguments.get("graphs", False)
             observed = self.accel(self.pipe, timing=timing, observe=self.observe)
@@ -77,6 +84,7 @@ class Job:
             "prompt": prompt,
             "seed": self.seed,
             "fps_of_file": self.fps,
+            "devices": self.devices,
         }
         settings = {name: value for name, value in self.arguments.items() if name != "image"}
         content: dict[str, Any] = {**done, "settings": settings, "interrupted": stopped is not None, "idle": idle}
@@ -112,6 +120,7 @@ class Job:
             generator=torch.Generator().manual_seed(self.seed),
             callback_on_step_end=counts_steps(show),
             overlap=self.pipe._execution_device.type == "cuda",
+            **({} if self.writes else {"output_type": "latent"}),
         )
         with closing(stream):
             for chunk in stream:
@@ -119,9 +128,15 @@ class Job:
                 show(None, None, run)
 
     def _at_once(self, prompt: str, run: "Run", writer: Any, show: "Shower") -> None:
+        import torch
+
         from ..compare import generate as generate_once
 
         arguments = {**self.arguments, "prompt": prompt, "callback_on_step_end": counts_steps(show)}
+        if not self.writes:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.pipe(**arguments, generator=generator, output_type="latent")
+            return
         writer.append(generate_once(self.pipe, run, self.seed, arguments).frames)
 
     def compare(self, prompt: str, folder: Path) -> Result:

@@ -99,11 +99,15 @@ class FullFieldGuide(ReusePolicy):
         if site.full_field:
             found = compute()
             kept: _Kept = state.setdefault("kept", _Kept(self.hold))
-            kept.put(site.layer, found)
+            # on a smaller grid a device's tokens lie elsewhere, so there it keeps all of them, of its own heads
+            split = run.spread if site.branch.endswith(FIELD) else None
+            kept.put(site.layer, found if split is None else split.heads([found])[0])
             return found
         if run.accel.window is not None:
             run.fired(self.slot)
-        return spread(state["kept"].get(site.layer), self.field(site.grid), site.grid)
+        field = self.field(site.grid)
+        found = spread(state["kept"].get(site.layer), field, site.grid)
+        return found if run.spread is None or field == site.grid else run.spread.tokens(found)
 
     def why_idle(self, run: "Run") -> str:
         if run.accel.window is None:

@@ -1,6 +1,8 @@
 """Everything taken from diffusers that it does not document, in one place. Tested with diffusers 0.42."""
 
+from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, MochiAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
@@ -29,6 +31,10 @@ from diffusers.models.transformers.transformer_wan import (
 
 __all__ = [
     "CogVideoXAttnProcessor2_0",
+    "ContextParallelGatherHook",
+    "ContextParallelInput",
+    "ContextParallelOutput",
+    "ContextParallelSplitHook",
     "CosmosAttnProcessor2_0",
     "FluxAttnProcessor",
     "HookRegistry",

@@ -13,11 +13,12 @@ from diffaccel.grid import Grid
 from diffaccel.joint import Text
 from diffaccel.port import Port, compiled_attend, compiled_attend_projected, compiled_attend_prompt
 from diffaccel.run import Run
-from diffaccel.spread import Spread
+from diffaccel.spread import Spread, devices_of
 
 from ._diffusers import HookRegistry, ModelHook, StateManager
+from .plans import is_split_by, plan_of, splits_text
 
-_HOOK = "diffaccel.root"
+HOOK = "diffaccel.root"
 
 
 class ToSeam:
@@ -121,7 +122,11 @@ class RootHook(ModelHook):
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if self.spread is not None:
-            self.spread.check(module.config.num_attention_heads, self.grid(given).tokens)
+            self.spread.check(module.config.num_attention_heads, self.grid(given).tokens, self.text(given))
+        elif devices_of(module) > 1:
+            raise UnsupportedError(
+                "devices began to share this model while it was accelerated: call enable_parallelism before that"
+            )
         self._enter(given)
         if self.run.looks_first():
             with self.run.full_field() as grid:
@@ -212,21 +217,18 @@ def exchange(
                 f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
                 "already: remove it first, diffaccel replaces the stock processor only"
             )
-        shared = getattr(attention.processor, "_parallel_config", None)
-        if shared is not None and not getattr(processor, "spreads", False):
-            raise UnsupportedError("context parallelism splits the tokens a policy decides about: disable it first")
     run = ports[0][1].run
-    run.spread = hook.spread = Spread.of(getattr(ports[0][0].processor, "_parallel_config", None), run.accel)
+    run.spread = hook.spread = _spread(denoiser, run)
     before = [attention.processor for attention, _ in ports]
     for attention, port in ports:
         attention.processor, port.spread = processor(port), hook.spread
     attributes = set(vars(denoiser))
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    registry.register_hook(hook, _HOOK)
+    registry.register_hook(hook, HOOK)
     registry.invalidate_child_registries_cache()
 
     def undo() -> None:
-        registry.remove_hook(_HOOK, recurse=False)
+        registry.remove_hook(HOOK, recurse=False)
         registry.invalidate_child_registries_cache()
         for (attention, _), processor in zip(ports, before, strict=True):
             attention.processor = processor
@@ -235,3 +237,16 @@ def exchange(
                 delattr(denoiser, name)
 
     return undo
+
+
+def _spread(denoiser: Any, run: Run) -> Spread | None:
+    """Between which devices the heads of a model are shared. Raises `UnsupportedError` where that would go wrong."""
+    if devices_of(denoiser) < 2:
+        return None
+    plan = plan_of(denoiser)
+    if not is_split_by(denoiser, plan):
+        raise UnsupportedError(
+            f"the tokens of this {type(denoiser).__name__} are split otherwise than diffaccel expects: call "
+            "share_heads(pipe) of diffaccel.pipelines in place of enable_parallelism"
+        )
+    return Spread.of(denoiser._parallel_config, run.accel, whole_text=not splits_text(plan))

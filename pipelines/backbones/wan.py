@@ -56,10 +56,9 @@ class Wan:
         ports = []
         for layer, block in enumerate(_blocks(denoiser), first_layer):
             ports += [(block.attn1, Port(run, layer, "self")), (block.attn2, Port(run, layer, "cross"))]
-        vace = isinstance(denoiser, WanVACETransformer3DModel)
-        hook, processor = (_VACEHook, _Processor) if vace else (RootHook, _Spread)
+        hook = _VACEHook if isinstance(denoiser, WanVACETransformer3DModel) else RootHook
         hooked = hook(run, tuple(denoiser.config.patch_size))
-        give_back = exchange(denoiser, ports, WanAttnProcessor, processor, hooked)
+        give_back = exchange(denoiser, ports, WanAttnProcessor, _Processor, hooked)
         rope = denoiser.rope.register_forward_hook(_Rotary(run, ports[0][1]))
         run.later = partial(_later, denoiser.rope)
 
@@ -136,12 +135,6 @@ class WanToSeam(ToSeam):
 
 class _Processor(WanToSeam, WanAttnProcessor):
     """Of Wan itself."""
-
-
-class _Spread(_Processor):
-    """Of the models whose tokens diffusers splits between devices."""
-
-    spreads = True
 
 
 class _Rotary:
