@@ -1,6 +1,7 @@
 """How a family of models meets the seam. Families live in `diffaccel.pipelines.backbones`, one file each."""
 
 import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class Backbone(Protocol):
 
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _FAMILIES: list[Backbone] = []
+_LOADING = threading.Lock()
 _PLUGINS = ["diffaccel.pipelines.backbones"]  # loaded by name: diffaccel/ does not import from pipelines/
 
 
@@ -57,10 +59,11 @@ def register(family: Backbone) -> None:
 
 def find(pipe: Any) -> tuple[Backbone, list[nn.Module]]:
     """The family of a pipeline and its denoisers."""
-    while _PLUGINS:
-        with building_on_diffusers():
-            importlib.import_module(_PLUGINS[-1])
-        _PLUGINS.pop()
+    with _LOADING:
+        while _PLUGINS:
+            with building_on_diffusers():
+                importlib.import_module(_PLUGINS[-1])
+            _PLUGINS.pop()
     for family in _FAMILIES:
         denoisers = family.denoisers(pipe)
         if denoisers:
@@ -76,6 +79,12 @@ def _unknown(pipe: Any) -> str:
     if isinstance(pipe, nn.Module):
         return f"{name} is a model: pass the pipeline that holds it"
     parts = {part: getattr(pipe, part, None) for part in _DENOISERS if hasattr(pipe, part)}
+    for part, model in parts.items():
+        if (original := getattr(model, "_orig_mod", None)) is not None:
+            return (
+                f"{name} denoises with a {type(original).__name__} that torch.compile wrapped as a whole: set "
+                f"pipe.{part} = pipe.{part}._orig_mod and take its compile_repeated_blocks(fullgraph=True)"
+            )
     met = [f"{type(model).__name__} ({part})" for part, model in parts.items() if model is not None]
     if met:
         return f"{name} denoises with {' and '.join(met)}, which is of no known family"

@@ -6,6 +6,7 @@ however long the cache grows.
 """
 
 import weakref
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -19,19 +20,18 @@ from .site import Part
 from .spread import Spread
 
 _PORTS: "weakref.WeakValueDictionary[int, Port]" = weakref.WeakValueDictionary()
-_next = 0
+_handles = count()  # of threads, each takes the next
 
 
 class Port:
     """One attention of one layer. `handle` is a 0-d int64 tensor on the host."""
 
     def __init__(self, run: Run, layer: int, part: Part) -> None:
-        global _next
         self.run, self.layer, self.part = run, layer, part
         self.spread: Spread | None = None  # where several devices share the model
-        self.handle = torch.tensor(_next)
-        _PORTS[_next] = self
-        _next += 1
+        handle = next(_handles)
+        self.handle = torch.tensor(handle)
+        _PORTS[handle] = self
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         spread = self.spread if self.part == "self" else None  # all devices have the whole prompt

@@ -84,6 +84,7 @@ class Run:
         self._prompts: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self._prompt_count = 0
         self._projected: dict[tuple[str, int], Projected] = {}
+        self.keeps_prompt = True  # whether what is projected of a prompt may be kept from forward to forward
         self._texts: dict[str, tuple[weakref.ref[Tensor], int, Tensor, Any]] = {}
         self._kernels: dict[tuple[torch.device, Size], Choice] = {}
         self._paths: defaultdict[str, set[str]] = defaultdict(set)  # what read other things than all keys of a tensor
@@ -270,8 +271,9 @@ class Run:
 
         That is for short videos and blocks: beside many tokens the memory is worth more than the time. A prompt or a
         weight that is written over is seen, but not what is written to a weight's `.data` while a generation runs.
+        peft does that, so nothing is kept where it was (`keeps_prompt`).
         """
-        worth = self._where.grid.tokens <= WORTH_KEEPING * text.shape[1]
+        worth = self.keeps_prompt and self._where.grid.tokens <= WORTH_KEEPING * text.shape[1]
         if self._prompt is None or not worth or any(weight.is_inference() for weight in weights):
             return project()
         key = (self._where.branch, layer)

@@ -15,6 +15,7 @@ from diffaccel.port import Port, compiled_attend, compiled_attend_projected, com
 from diffaccel.run import Run
 from diffaccel.spread import Spread, devices_of
 
+from . import step_caches
 from ._diffusers import HookRegistry, ModelHook, StateManager
 from .plans import is_split_by, plan_of, splits_text
 
@@ -101,7 +102,11 @@ def plain(*modules: nn.Module) -> bool:
 
 
 class RootHook(ModelHook):
-    """Tells the run where a forward stands before it, and commits a finished block after it."""
+    """Tells the run where a forward stands before it, and commits a finished block after it.
+
+    diffusers' registry only tells it the context and when a generation ends; hooks of `nn.Module` call it at a forward,
+    since model offload writes `forward` anew after each generation, and what was wrapped around it is gone.
+    """
 
     _is_stateful = True
     # of the model's forward, in order
@@ -114,12 +119,14 @@ class RootHook(ModelHook):
         self.spread: Spread | None = None  # where several devices share the model
         self.contexts = StateManager(dict)
         self.prompts: list[weakref.ref[Tensor]] = []  # of each branch, where the pipeline names none
+        self.checked: set[tuple[str, int, int, bool]] = set()  # what step caches depend on, as far as it was met
 
     def text(self, arguments: dict[str, Any]) -> Text | None:
         """Where the text lies in the tokens of a joint attention; None where the text is read by cross-attention."""
         return None
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        _refuse_compiled(module)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if self.spread is not None:
             self.spread.check(module.config.num_attention_heads, self.grid(given).tokens, self.text(given))
@@ -128,6 +135,7 @@ class RootHook(ModelHook):
                 "devices began to share this model while it was accelerated: call enable_parallelism before that"
             )
         self._enter(given)
+        self._check_step_cache(module)
         if self.run.looks_first():
             with self.run.full_field() as grid:
                 small = self.smaller(given, grid)
@@ -140,6 +148,7 @@ class RootHook(ModelHook):
                 named = {name: small.get(name, value) for name, value in kwargs.items()}
                 module(*placed, *args[len(placed) :], **named)
             self._enter(given)
+        self.run.keeps_prompt = "_hf_peft_config_loaded" not in vars(module)  # which stays when an adapter is gone
         prompt = self.run.prepare_prompt(given["encoder_hidden_states"])
         place = self.arguments.index("encoder_hidden_states")
         if len(args) > place:
@@ -194,7 +203,16 @@ class RootHook(ModelHook):
         self.run.leave()
         return output
 
+    def _check_step_cache(self, module: Any) -> None:
+        """Once for all forwards that are alike: a cache may be enabled, and steps be fewer, in the middle of a run."""
+        branch, steps = self.run._where.branch, self.run._where.steps
+        enabled = id(getattr(module, "_cache_config", None)), getattr(module, "_is_cached", False)
+        if (branch, steps, *enabled) not in self.checked:
+            self.checked.add((branch, steps, *enabled))
+            step_caches.refuse(module, self.run, steps, len({known[0] for known in self.checked}))
+
     def reset_state(self, module: nn.Module) -> nn.Module:
+        self.checked.clear()
         self.run.forget()
         return module
 
@@ -217,24 +235,18 @@ def exchange(
                 f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
                 "already: remove it first, diffaccel replaces the stock processor only"
             )
-    run = ports[0][1].run
+    _refuse_compiled(denoiser)
+    step_caches.refuse(denoiser, run := ports[0][1].run)
     run.spread = hook.spread = _spread(denoiser, run)
     before = [attention.processor for attention, _ in ports]
     for attention, port in ports:
         attention.processor, port.spread = processor(port), hook.spread
-    attributes = set(vars(denoiser))
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    registry.register_hook(hook, HOOK)
-    registry.invalidate_child_registries_cache()
+    take_back = _hook(denoiser, hook)
 
     def undo() -> None:
-        registry.remove_hook(HOOK, recurse=False)
-        registry.invalidate_child_registries_cache()
+        take_back()
         for (attention, _), processor in zip(ports, before, strict=True):
             attention.processor = processor
-        if not registry.hooks:
-            for name in set(vars(denoiser)) - attributes:
-                delattr(denoiser, name)
 
     return undo
 
@@ -250,3 +262,45 @@ def _spread(denoiser: Any, run: Run) -> Spread | None:
             "share_heads(pipe) of diffaccel.pipelines in place of enable_parallelism"
         )
     return Spread.of(denoiser._parallel_config, run.accel, whole_text=not splits_text(plan))
+
+
+def _refuse_compiled(denoiser: Any) -> None:
+    if denoiser._compiled_call_impl is not None:
+        raise UnsupportedError(
+            f"this {type(denoiser).__name__} is compiled as a whole, and anew whenever a technique decides otherwise: "
+            "leave compile() out and take compile_repeated_blocks(fullgraph=True)"
+        )
+
+
+def _hook(denoiser: Any, hook: RootHook) -> Callable[[], None]:
+    """Hang the hook on the root; what undoes it leaves everything there that came or went since."""
+    attributes = set(vars(denoiser))
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    below = denoiser.forward
+    registry.register_hook(hook, HOOK)
+    registry.invalidate_child_registries_cache()
+    passing, idle = denoiser.forward, ModelHook()
+    hook.fn_ref.pre_forward, hook.fn_ref.post_forward = idle.pre_forward, idle.post_forward
+    handles = [
+        denoiser.register_forward_pre_hook(
+            lambda module, args, kwargs: hook.pre_forward(module, *args, **kwargs), with_kwargs=True
+        ),
+        denoiser.register_forward_hook(lambda module, _, output: hook.post_forward(module, output)),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        forward = denoiser.forward
+        registry.remove_hook(HOOK, recurse=False)
+        registry.invalidate_child_registries_cache()
+        if forward is not passing:  # offload, or another hook, came or went
+            denoiser.forward = forward
+            if vars(denoiser).get("_old_forward") is passing:
+                denoiser._old_forward = below
+        elif not registry.hooks and "forward" not in attributes:
+            del denoiser.forward
+        if not registry.hooks and "_diffusers_hook" not in attributes:
+            del denoiser._diffusers_hook
+
+    return undo
