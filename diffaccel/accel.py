@@ -194,6 +194,10 @@ def _refusal(
     family: backbone.Backbone, denoisers: list[nn.Module], slot: str, policy: Policy, pipe: str, causal: bool
 ) -> str | None:
     name = type(policy).__name__
+    for denoiser in denoisers:
+        reason = family.refuses(denoiser, slot)
+        if reason:
+            return f"{name} (slot {slot}) cannot run on {pipe}: {reason}"
     if policy.needs_blocks and not causal:
         why = getattr(family, "no_blocks", None)
         return (
@@ -201,10 +205,6 @@ def _refusal(
             f"{f'has none that stay, for {why}' if why else 'generates the whole video at once'}: "
             f"use CausalWanPipeline with a causal checkpoint, or leave {slot} out"
         )
-    for denoiser in denoisers:
-        reason = family.refuses(denoiser, slot)
-        if reason:
-            return f"{name} (slot {slot}) cannot run on {pipe}: {reason}"
     reason = policy.refuses_model([(family.geometry(denoiser), denoiser) for denoiser in denoisers])
     return None if reason is None else f"{name} (slot {slot}) cannot run on this {pipe}: {reason}"
 

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from families import FAMILIES, Family  # noqa: E402
+from families import FAMILIES, REFUSED, Family  # noqa: E402
 from matrix import MATRIX  # noqa: E402
 
 from diffaccel import Accel, UnsupportedError  # noqa: E402
@@ -59,7 +59,7 @@ def ask(family: Family, technique: type[Policy], dense: torch.Tensor) -> dict[st
 
 def find() -> Found:
     found: Found = {}
-    for family in FAMILIES:
+    for family in [*FAMILIES, *REFUSED]:
         pipe = family.pipe()
         dense = family.generate(pipe, **FEW)
         found[family.name] = {technique.__name__: ask(family, technique, dense) for technique in TECHNIQUES}
@@ -93,9 +93,10 @@ def reason(sentence: str) -> str:
     head, _, tail = sentence.partition(": ")
     if "cannot run on" in head:
         return tail.partition(": ")[0]
-    return (
-        "it acts on earlier blocks, and the whole video is generated at once" if "earlier blocks" in head else sentence
-    )
+    if "earlier blocks" in head:
+        _, _, history = head.partition(" has none that stay, for ")
+        return f"it acts on earlier blocks, and {history or 'the whole video is generated at once'}"
+    return sentence
 
 
 def written(found: Found) -> dict[Path, str]:

@@ -13,12 +13,15 @@ from diffusers import (
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    HeliosTransformer3DModel,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoFramepackTransformer3DModel,
     Kandinsky5Transformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
+    SanaVideoTransformer3DModel,
     SkyReelsV2Transformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -120,6 +123,57 @@ def hunyuan(rows: int, branch: int) -> dict[str, Any]:
     return padded(rows, branch) | {
         "pooled_projections": noise(rows, 16, seed=20 + branch), "guidance": torch.full((rows,), 6000.0)
     }  # fmt: skip
+
+
+HISTORY = {"1": 1, "2": 3, "4": 5}  # latent frames by how coarse their tokens are
+
+
+def history(rows: int, names: dict[str, str]) -> dict[str, Any]:
+    """Latents of what came before a section, and their places, under the `names` of arguments."""
+    given: dict[str, Any] = {}
+    start = 0
+    for coarse, frames in reversed(HISTORY.items()):
+        given[names[coarse]] = noise(rows, CHANNELS, frames, *VIDEO[2:], seed=70 + frames)
+        given[f"indices_{names[coarse]}"] = torch.arange(start, start + frames)
+        start += frames
+    return given
+
+
+def framepack(**changes: Any) -> nn.Module:
+    torch.manual_seed(13)
+    settings = {
+        "in_channels": CHANNELS, "out_channels": CHANNELS, "num_attention_heads": 2, "attention_head_dim": 24,
+        "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT_DIM,
+        "pooled_projection_dim": 16, "rope_axes_dim": (8, 8, 8), "has_image_proj": True, "image_proj_dim": 16,
+        "has_clean_x_embedder": True,
+    }  # fmt: skip
+    model = HunyuanVideoFramepackTransformer3DModel(**(settings | changes))
+    return sharper(model, "attn.norm_q.weight", "proj_in.weight")
+
+
+def framepack_given(rows: int, branch: int) -> dict[str, Any]:
+    names = {"1": "latents_clean", "2": "latents_history_2x", "4": "latents_history_4x"}
+    return hunyuan(rows, branch) | history(rows, names) | {
+        "image_embeds": noise(rows, 4, 16, seed=71), "indices_latents": torch.arange(9, 9 + GRID.frames)
+    }  # fmt: skip
+
+
+def helios(**changes: Any) -> nn.Module:
+    torch.manual_seed(14)
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": CHANNELS, "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM, "freq_dim": 32, "ffn_dim": 96, "num_layers": 2, "rope_dim": (8, 8, 8),
+    }  # fmt: skip
+    model = HeliosTransformer3DModel(**(settings | changes))
+    return sharper(model, "to_q.weight", "to_v.weight", "time_proj.weight")
+
+
+def helios_given(rows: int, branch: int) -> dict[str, Any]:
+    names = {"1": "latents_history_short", "2": "latents_history_mid", "4": "latents_history_long"}
+    past = history(rows, names) | {"indices_hidden_states": torch.arange(9, 9 + GRID.frames)}
+    return prompt(rows, branch) | {
+        name: value[None] if name.startswith("indices") else value for name, value in past.items()
+    }
 
 
 def ltx_video() -> nn.Module:
@@ -291,6 +345,16 @@ def qwen(rows: int, branch: int) -> dict[str, Any]:
     return given | {"img_shapes": [[(IMAGE.frames, IMAGE.height, IMAGE.width)]] * rows}
 
 
+def sana_video(**changes: Any) -> nn.Module:
+    torch.manual_seed(15)
+    settings = {
+        "in_channels": CHANNELS, "out_channels": CHANNELS, "num_attention_heads": 2, "attention_head_dim": 24,
+        "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 24, "cross_attention_dim": 48,
+        "caption_channels": TEXT_DIM,
+    }  # fmt: skip
+    return SanaVideoTransformer3DModel(**(settings | changes)).eval()
+
+
 VIDEO = (CHANNELS, GRID.frames, 2 * GRID.height, 2 * GRID.width)
 FAMILIES = [
     Family("Wan", tiny_transformer, prompt, VIDEO, takes_prompt=True, takes_guide=True),
@@ -298,6 +362,8 @@ FAMILIES = [
     Family("Wan, causal", tiny_transformer, prompt, VIDEO, causal=True, takes_prompt=True, takes_guide=True),
     Family("SkyReels-V2", skyreels_v2, prompt, VIDEO, takes_prompt=True, takes_guide=True),
     Family("HunyuanVideo", tiny_hunyuan_video, hunyuan, VIDEO),
+    Family("FramePack", framepack, framepack_given, VIDEO),
+    Family("Helios", helios, helios_given, VIDEO, takes_prompt=True, takes_guide=True),
     Family("LTX-Video", ltx_video, ltx, (GRID.tokens, 8), axes=(0,)),
     Family("CogVideoX", cogvideox, cog, (GRID.frames, CHANNELS, *VIDEO[2:]), axes=(0, 2, 3)),
     Family("Mochi", mochi, padded, VIDEO),
@@ -310,3 +376,5 @@ FAMILIES = [
     Family("Flux", flux, flux_given, (IMAGE.tokens, 8), grid=IMAGE, axes=(0,), per_thousand=False),
     Family("Qwen-Image", qwen_image, qwen, (IMAGE.tokens, 8), grid=IMAGE, axes=(0,), per_thousand=False),
 ]
+REFUSED = [Family("SANA", sana_video, prompt, VIDEO)]
+"""Known, whatever is asked of them refused."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import ContextParallelConfig, HunyuanVideoFramepackTransformer3DModel
+from diffusers import ContextParallelConfig, HunyuanImageTransformer2DModel
 from oracle import assert_within, attention64
 from tiny import CHANNELS, HEIGHT, WIDTH, text_of, tiny_hunyuan_pipeline, tiny_hunyuan_video
 from torch._dynamo.testing import CompileCounter
@@ -256,9 +256,11 @@ def test_what_would_be_split_or_replaced_is_refused(pipe):
 
 
 def test_another_class_of_the_house_is_refused():
-    other = HunyuanVideoFramepackTransformer3DModel
+    other = HunyuanImageTransformer2DModel
     pipe = SimpleNamespace(transformer=other.__new__(other))
-    with pytest.raises(UnsupportedError, match=r"families: Wan, HunyuanVideo, .*; got .* with HunyuanVideoFramepack"):
+    with pytest.raises(
+        UnsupportedError, match=r"with HunyuanImageTransformer2DModel .* no known family.*: Wan, HunyuanVideo, "
+    ):
         Accel().apply(pipe)
 
 

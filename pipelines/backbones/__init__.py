@@ -5,6 +5,8 @@ from diffaccel.backbone import register
 from .cogvideox import CogVideoX
 from .cosmos import Cosmos
 from .flux import Flux
+from .framepack import FramePack
+from .helios import Helios
 from .hunyuan_video import HunyuanVideo
 from .hunyuan_video15 import HunyuanVideo15
 from .kandinsky5 import Kandinsky5
@@ -12,13 +14,16 @@ from .ltx2 import LTX2
 from .ltx_video import LTXVideo
 from .mochi import Mochi
 from .qwen_image import QwenImage
+from .sana import Sana
 from .skyreels_v2 import SkyReelsV2
 from .wan import Wan
 
 register(Wan())
 register(HunyuanVideo())
+register(FramePack())
 register(LTXVideo())
 register(SkyReelsV2())
+register(Helios())
 register(Cosmos())
 register(Kandinsky5())
 register(Flux())
@@ -27,18 +32,22 @@ register(CogVideoX())
 register(Mochi())
 register(HunyuanVideo15())
 register(LTX2())
+register(Sana())
 
 __all__ = [
     "LTX2",
     "CogVideoX",
     "Cosmos",
     "Flux",
+    "FramePack",
+    "Helios",
     "HunyuanVideo",
     "HunyuanVideo15",
     "Kandinsky5",
     "LTXVideo",
     "Mochi",
     "QwenImage",
+    "Sana",
     "SkyReelsV2",
     "Wan",
 ]

@@ -7,6 +7,8 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, Moch
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_helios import HeliosAttnProcessor
+from diffusers.models.transformers.transformer_helios import _get_qkv_projections as helios_projections
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
@@ -37,6 +39,7 @@ __all__ = [
     "ContextParallelSplitHook",
     "CosmosAttnProcessor2_0",
     "FluxAttnProcessor",
+    "HeliosAttnProcessor",
     "HookRegistry",
     "HunyuanVideo15AttnProcessor2_0",
     "HunyuanVideoAttnProcessor2_0",
@@ -58,4 +61,5 @@ __all__ = [
     "apply_rotary_emb_qwen",
     "apply_split_rotary_emb",
     "get_1d_rotary_pos_embed",
+    "helios_projections",
 ]

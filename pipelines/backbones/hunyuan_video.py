@@ -31,10 +31,14 @@ class HunyuanVideo(Family):
         return None
 
     def install(self, denoiser: Any, run: Run, first_layer: int) -> Callable[[], None]:
-        blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
-        ports = [(block.attn, Port(run, layer, "self")) for layer, block in enumerate(blocks, first_layer)]
-        hook = _RootHook(run, self.geometry(denoiser).patch)
-        return exchange(denoiser, ports, HunyuanVideoAttnProcessor2_0, _Processor, hook)
+        return install(denoiser, run, first_layer, _RootHook(run, self.geometry(denoiser).patch))
+
+
+def install(denoiser: Any, run: Run, first_layer: int, hook: RootHook) -> Callable[[], None]:
+    """Bring the attention of HunyuanVideo's blocks to the seam, and put `hook` on the root of the model they are in."""
+    blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+    ports = [(block.attn, Port(run, layer, "self")) for layer, block in enumerate(blocks, first_layer)]
+    return exchange(denoiser, ports, HunyuanVideoAttnProcessor2_0, _Processor, hook)
 
 
 class _RootHook(RootHook):
