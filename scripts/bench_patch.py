@@ -30,8 +30,9 @@ TECHNIQUES = Accel(cache=TempCache(), reuse=FlashBlock(), prompt=PadCollapse())
 
 def published(family: Family) -> Any:
     """As much of a pipeline as patching looks at, around a model of the size that its class has by default."""
+    kind = type(family.pipe().transformer)
     with torch.device("meta"):
-        model = type(family.pipe().transformer)()
+        model = kind()
     return SimpleNamespace(transformer=model, block_causal=family.causal)
 
 

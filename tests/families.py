@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
+    AnyFlowTransformer3DModel,
     CogVideoXTransformer3DModel,
     CosmosTransformer3DModel,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     HeliosTransformer3DModel,
@@ -26,7 +30,17 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from diffusers.models.cache_utils import CacheMixin
-from tiny import CHANNELS, HEIGHT, TEXT_DIM, WIDTH, text_of, tiny_hunyuan_video, tiny_pipeline, tiny_transformer
+from tiny import (
+    CHANNELS,
+    HEIGHT,
+    TEXT_DIM,
+    WIDTH,
+    text_of,
+    tiny_components,
+    tiny_hunyuan_video,
+    tiny_pipeline,
+    tiny_transformer,
+)
 from torch import Tensor, nn
 
 from diffaccel import Grid
@@ -46,24 +60,30 @@ class Family:
     grid: Grid = GRID
     axes: tuple[int, ...] = (1, 2, 3)  # of frames, rows and columns in that shape; of packed tokens: their own
     per_thousand: bool = True  # timesteps as the scheduler has them, not divided by a thousand
-    causal: bool = False
+    per_frame: bool = False  # a timestep for each frame
+    causal: Callable[[], Any] | None = None  # makes a whole pipeline, where that generates block by block
+    size: tuple[int, int] = (HEIGHT, WIDTH)  # of what that generates, in pixels
     takes_prompt: bool = False
     takes_guide: bool = False
     rounding: float = 2e-4  # what a row of a batch differs from the row alone
 
     def pipe(self) -> Any:
         """As much of a pipeline as acceleration looks at; a real one where it generates block by block."""
-        if self.causal:
-            return tiny_pipeline()
+        if self.causal is not None:
+            return self.causal()
         return SimpleNamespace(transformer=self.model(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+    def timestep(self, t: Tensor | float, rows: int) -> Tensor:
+        """As the model takes it."""
+        return torch.as_tensor(t).expand(rows, self.grid.frames) if self.per_frame else torch.as_tensor(t).expand(rows)
 
     @torch.no_grad()
     def generate(
         self, pipe: Any, rows: int = 1, only: int | None = None, guided: bool = True, steps: int = STEPS
     ) -> Tensor:
         """Latents after a few steps, under guidance or not; `only` one row of the batch."""
-        if self.causal:
-            video = {"height": HEIGHT, "width": WIDTH, "num_frames": 33, "num_inference_steps": steps}
+        if self.causal is not None:
+            video = {"height": self.size[0], "width": self.size[1], "num_frames": 33, "num_inference_steps": steps}
             video["guidance_scale"] = 3.0 if guided else 1.0
             generator = torch.Generator().manual_seed(0)
             return pipe("a red circle moves left", **video, generator=generator, output_type="latent").frames
@@ -75,7 +95,7 @@ class Family:
         pipe.scheduler.set_timesteps(steps)
         warnings.filterwarnings("ignore", "In CPU autocast")  # Mochi's rotary angles, in fp32 under no autocast at all
         for t in pipe.scheduler.timesteps:
-            timestep = (t if self.per_thousand else t / 1000).expand(len(x))
+            timestep = self.timestep(t if self.per_thousand else t / 1000, len(x))
             found = [
                 pipe.transformer(hidden_states=x, timestep=timestep, **given, return_dict=False) for given in branches
             ]
@@ -209,6 +229,25 @@ def skyreels_v2(**changes: Any) -> nn.Module:
     torch.manual_seed(7)
     model = SkyReelsV2Transformer3DModel(**(SMALL_WAN | {"num_layers": 2} | changes))
     return sharper(model, "to_q.weight", "to_v.weight", "time_proj.weight")
+
+
+def anyflow(kind: Any = AnyFlowTransformer3DModel, **changes: Any) -> nn.Module:
+    torch.manual_seed(12)
+    model = kind(**(SMALL_WAN | {"num_layers": 2} | changes))
+    return sharper(model, "to_q.weight", "to_v.weight", "time_proj.weight")
+
+
+def anyflow_given(rows: int, branch: int) -> dict[str, Any]:
+    return prompt(rows, branch) | {"r_timestep": torch.full((rows, GRID.frames), 250.0)}
+
+
+def anyflow_far(**changes: Any) -> Any:
+    """A stock `AnyFlowFARPipeline` for nine latent frames, of which the first six become far."""
+    model = anyflow(AnyFlowFARTransformer3DModel, **{"chunk_partition": (1, 2, 1, 1, 1, 1, 1, 1)} | changes)
+    scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
+    pipe = AnyFlowFARPipeline(**tiny_components() | {"transformer": model, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def cogvideox(**changes: Any) -> nn.Module:
@@ -359,8 +398,21 @@ VIDEO = (CHANNELS, GRID.frames, 2 * GRID.height, 2 * GRID.width)
 FAMILIES = [
     Family("Wan", tiny_transformer, prompt, VIDEO, takes_prompt=True, takes_guide=True),
     Family("Wan VACE", wan_vace, vace, VIDEO, takes_prompt=True, takes_guide=True),
-    Family("Wan, causal", tiny_transformer, prompt, VIDEO, causal=True, takes_prompt=True, takes_guide=True),
+    Family("Wan, causal", tiny_transformer, prompt, VIDEO, causal=tiny_pipeline, takes_prompt=True, takes_guide=True),
     Family("SkyReels-V2", skyreels_v2, prompt, VIDEO, takes_prompt=True, takes_guide=True),
+    Family(
+        "AnyFlow",
+        anyflow,
+        anyflow_given,
+        (GRID.frames, CHANNELS, *VIDEO[2:]),
+        axes=(0, 2, 3),
+        per_frame=True,
+        takes_prompt=True,
+        takes_guide=True,
+    ),
+    Family(  # 128 tokens a frame, below and between whose multiples the stock model reads padding
+        "AnyFlow-FAR", anyflow, anyflow_given, VIDEO, causal=anyflow_far, size=(128, 256), takes_prompt=True
+    ),
     Family("HunyuanVideo", tiny_hunyuan_video, hunyuan, VIDEO),
     Family("FramePack", framepack, framepack_given, VIDEO),
     Family("Helios", helios, helios_given, VIDEO, takes_prompt=True, takes_guide=True),

@@ -109,7 +109,7 @@ def test_tokens_lie_as_the_grid_says(family, monkeypatch, place):
     with Accel()(pipe), torch.no_grad():
         for change in (0, 1):
             x[tuple(at)] += change
-            pipe.transformer(hidden_states=x, timestep=torch.full((1,), 0.5), **family.given(1, 0))
+            pipe.transformer(hidden_states=x, timestep=family.timestep(0.5, 1), **family.given(1, 0))
     calls = [(site, k) for site, k in seen if site.part == "self"]
     (site, before), (_, after) = calls[0], calls[len(calls) // 2]
     if site.text is not None:

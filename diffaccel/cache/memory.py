@@ -17,7 +17,8 @@ class Memory:
     """An ordered list of tiers: `older` ones that a policy filled, then the exact tier with the block at work.
 
     `seen` counts the tokens of all finished blocks, kept or not; `version` rises with every change of what is kept,
-    so that partials computed against it can tell when they are stale.
+    so that partials computed against it can tell when they are stale. `renewed` are entries that the model itself makes
+    anew with every block: they are read with the past, and no policy moves them.
     """
 
     def __init__(
@@ -30,7 +31,8 @@ class Memory:
         self.sample, self.queries = sample, torch.empty(0)
         self.observer = observer
         self.older: list[Tier] = []
-        self.seen = 0
+        self.renewed: list[Tier] = []
+        self._finished = 0
         self.version = 0
 
     def place(self, k: Tensor, v: Tensor, site: Site, queries: Tensor | None = None) -> None:
@@ -46,25 +48,29 @@ class Memory:
                 self.observer.see(self, queries, k, site)
 
     def past(self) -> list[Tier]:
-        return [*self.older, self.exact.past()]
+        return [*self.older, self.exact.past(), *self.renewed]
 
     def block(self) -> Fixed:
         return self.exact.block()
 
     def past_and_block(self) -> list[Tier]:
         """As `past`, with the block at work read in the same call as the exact tier before it."""
-        return [*self.older, self.exact.past_and_block()]
+        return [*self.older, self.exact.past_and_block(), *self.renewed]
 
     def finish_block(self, tokens: int) -> None:
         self.exact.keep_placed()
-        self.seen += tokens
+        self._finished += tokens
         self.version += 1
+
+    @property
+    def seen(self) -> int:
+        return self._finished + sum(tier.count for tier in self.renewed)
 
     @property
     def count(self) -> int:
         """Entries kept, of the longest batch row."""
-        return self.exact.count + sum(tier.count for tier in self.older)
+        return self.exact.count + sum(tier.count for tier in (*self.older, *self.renewed))
 
     @property
     def bytes(self) -> int:
-        return self.exact.bytes + sum(tier.bytes for tier in self.older)
+        return self.exact.bytes + sum(tier.bytes for tier in (*self.older, *self.renewed))

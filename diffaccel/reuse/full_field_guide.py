@@ -65,6 +65,8 @@ class FullFieldGuide(ReusePolicy):
         self.require(self.shrink >= 1, "shrink is a ratio >= 1", shrink=self.shrink)
 
     def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        if any(geometry.coarse_past for geometry, _ in models):
+            return "what steers is a pass with a past of its own, and it keeps one of two sizes: leave the guide out"
         if all("cross" in geometry.parts for geometry, _ in models):
             return None
         return "what steers is cross-attention, which it has not or which stays as it is there: leave the guide out"

@@ -1,6 +1,6 @@
 """InwardWindow: a window of the training size in frames larger than that (FreeSwim, arXiv 2511.14712)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -16,6 +16,9 @@ from ..policy import Policy, Selector, knob
 from ..site import Site
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..backbone import Geometry
     from ..run import Run
 
 
@@ -74,6 +77,11 @@ class InwardWindow(Selector):
             if self.frames is not None and other.needs_blocks:
                 name = type(other).__name__
                 return f"a window over frames needs all of them in one piece, and {name} parts them: set frames=None"
+        return None
+
+    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        if self.size is not None and any(geometry.coarse_past for geometry, _ in models):
+            return "its older frames have fewer rows and columns than the window counts in: leave the window out"
         return None
 
     def plan(self, q: Tensor, entries: Entries, site: Site) -> Boxes | None:

@@ -2,6 +2,8 @@
 
 from diffaccel.backbone import register
 
+from .anyflow import AnyFlow
+from .anyflow_far import AnyFlowFAR
 from .cogvideox import CogVideoX
 from .cosmos import Cosmos
 from .flux import Flux
@@ -32,10 +34,14 @@ register(CogVideoX())
 register(Mochi())
 register(HunyuanVideo15())
 register(LTX2())
+register(AnyFlow())
+register(AnyFlowFAR())
 register(Sana())
 
 __all__ = [
     "LTX2",
+    "AnyFlow",
+    "AnyFlowFAR",
     "CogVideoX",
     "Cosmos",
     "Flux",

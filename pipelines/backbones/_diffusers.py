@@ -5,6 +5,14 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, MochiAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.transformers.transformer_anyflow import AnyFlowAttnProcessor, AnyFlowCrossAttnProcessor
+from diffusers.models.transformers.transformer_anyflow_far import (
+    AnyFlowCausalAttnProcessor,
+    AnyFlowCausalRotaryPosEmbed,
+)
+from diffusers.models.transformers.transformer_anyflow_far import (
+    AnyFlowCrossAttnProcessor as AnyFlowFARCrossAttnProcessor,
+)
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_helios import HeliosAttnProcessor
@@ -32,6 +40,11 @@ from diffusers.models.transformers.transformer_wan import (
 )
 
 __all__ = [
+    "AnyFlowAttnProcessor",
+    "AnyFlowCausalAttnProcessor",
+    "AnyFlowCausalRotaryPosEmbed",
+    "AnyFlowCrossAttnProcessor",
+    "AnyFlowFARCrossAttnProcessor",
     "CogVideoXAttnProcessor2_0",
     "ContextParallelGatherHook",
     "ContextParallelInput",

@@ -139,7 +139,8 @@ class RootHook(ModelHook):
         if self.run.looks_first():
             with self.run.full_field() as grid:
                 small = self.smaller(given, grid)
-                if small["hidden_states"] is not given["hidden_states"] and given["timestep"].ndim > 1:
+                per_token = given["timestep"].shape[1:].numel() > grid.frames
+                if per_token and small["hidden_states"] is not given["hidden_states"]:
                     raise UnsupportedError(
                         "passes on a smaller grid are for one noise level a forward, and this pipeline gives each "
                         'token its own: take FullFieldGuide(shrink=1), guide_field="whole" of FreeSwimPipeline'
@@ -226,11 +227,14 @@ def exchange(
 ) -> Callable[[], None]:
     """Give each attention the `processor` of its port in place of one of class `stock`, and the root its hook.
 
+    Where classes differ, `stock` is a tuple of them.
+
     Returns what undoes that exactly. Raises `UnsupportedError`, with nothing changed, where an attention runs another
     processor or is split by context parallelism.
     """
+    stocks = stock if isinstance(stock, tuple) else (stock,)
     for attention, _ in ports:
-        if type(attention.processor) is not stock:
+        if type(attention.processor) not in stocks:
             raise UnsupportedError(
                 f"an attention of this {type(denoiser).__name__} runs {type(attention.processor).__name__} "
                 "already: remove it first, diffaccel replaces the stock processor only"
