@@ -38,6 +38,7 @@ class Policy(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     exact: ClassVar[dict[str, Any]]  # knob values at which the technique is dense attention
+    needs: ClassVar[str] = "nothing"  # before it can run on a model: "nothing" or a "calibration" of its own
     needs_blocks: ClassVar[bool] = False  # only block-causal generation has earlier blocks to keep or reuse
 
     def __post_init__(self) -> None:

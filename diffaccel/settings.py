@@ -148,6 +148,7 @@ def describe_technique(technique: "type[Policy]") -> dict[str, Any]:
         "paper": technique.paper,
         "summary": technique.summary,
         "exact": dict(technique.exact),
+        "needs": technique.needs,
         "needs_blocks": technique.needs_blocks,
         "knobs": [
             {

@@ -440,6 +440,7 @@ def test_methods_lists_every_technique_with_its_exact_setting(run):
         defaults = json.loads(json.dumps(technique.defaults()))  # tuples are lists there
         assert {knob["name"]: knob["default"] for knob in about["knobs"]} == defaults
         assert about["name"] in text
+        assert about["needs"] in ("nothing", "calibration", "training")
         assert all(f"{about['slot']}.{knob['name']} = " in text for knob in about["knobs"])
         for knob, value in technique.exact.items():
             changes = [f"{technique.slot}={technique.__name__.lower()}", f"{technique.slot}.{knob}={value}"]
