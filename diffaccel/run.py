@@ -342,6 +342,7 @@ class Run:
         """The keys of a video that is made at once; from step to step they are others."""
         lasting = self._lasting_of(site)
         lasting.version += 1
+        lasting.shared = self.scratch("selection", site.branch)
         return Fixed(Entries(k, v, site.grid.frame_of_token(site.start), lasting=lasting))
 
     def _lasting_of(self, site: Site) -> Lasting:
@@ -356,6 +357,7 @@ class Run:
             self._memories[key] = Memory(
                 tokens, self.cache.sample if self.cache.needs_queries else None, self.observer
             )
+            self._memories[key].exact.lasting.shared = self.scratch("selection", site.branch)
         return self._memories[key]
 
     def reuse_answer(self, site: Site, memory: Memory) -> "Answer | Literal['apart']":

@@ -11,6 +11,14 @@ from .prompt.pad_collapse import PadCollapse
 from .reuse.flashblock import FlashBlock
 from .reuse.full_field_guide import FullFieldGuide
 from .selection.annsa import AnnSA
+from .selection.head_shard import HeadShard
+from .selection.hip import HiP
+from .selection.mass_router import MassRouter
+from .selection.retrieval import RetrievalAttention
+from .selection.routed import Routed
+from .selection.spatten import SpAttenCascade
+from .selection.sticky import Sticky
+from .selection.token_select import TokenSelect
 from .window.frame_window import FrameWindow
 from .window.inward_window import InwardWindow
 
@@ -22,6 +30,14 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SnapKV,
     CAKE,
     AnnSA,
+    TokenSelect,
+    HiP,
+    RetrievalAttention,
+    HeadShard,
+    Routed,
+    Sticky,
+    SpAttenCascade,
+    MassRouter,
     FlashBlock,
     FrameWindow,
     InwardWindow,
@@ -37,11 +53,19 @@ __all__ = [
     "FlashBlock",
     "FrameWindow",
     "FullFieldGuide",
+    "HeadShard",
+    "HiP",
     "HostCache",
     "InwardWindow",
+    "MassRouter",
     "PadCollapse",
+    "RetrievalAttention",
     "RollingRebased",
+    "Routed",
     "SinkRecent",
     "SnapKV",
+    "SpAttenCascade",
+    "Sticky",
     "TempCache",
+    "TokenSelect",
 ]

@@ -10,13 +10,21 @@ from diffaccel import (
     FlashBlock,
     FrameWindow,
     FullFieldGuide,
+    HeadShard,
+    HiP,
     HostCache,
     InwardWindow,
+    MassRouter,
     PadCollapse,
+    RetrievalAttention,
     RollingRebased,
+    Routed,
     SinkRecent,
     SnapKV,
+    SpAttenCascade,
+    Sticky,
     TempCache,
+    TokenSelect,
 )
 
 
@@ -81,6 +89,36 @@ MATRIX = [
         Accel(selection=AnnSA(density=1.0, groups="prompt"), prompt=PadCollapse()),
         Accel(selection=AnnSA(0.3, groups="prompt", dense_steps=0, min_past=0), prompt=PadCollapse()),
         bits=False,
+    ),
+    Row(
+        Accel(selection=TokenSelect(density=1.0)),
+        Accel(selection=TokenSelect(0.3, refresh="similar", similarity=0.999, dense_steps=0, min_past=0)),
+    ),
+    Row(
+        Accel(selection=TokenSelect(density=1.0), cache=TempCache(threshold=None)),
+        Accel(selection=TokenSelect(0.3, pool="max", dense_steps=0, min_past=0), cache=TempCache(threshold=0.5)),
+    ),
+    Row(Accel(selection=HiP(density=1.0)), Accel(selection=HiP(0.3, dense_steps=0, min_past=0, clean_pass="sparse"))),
+    Row(
+        Accel(selection=RetrievalAttention(density=1.0)),
+        Accel(selection=RetrievalAttention(0.3, nearest=9, dense_steps=0, min_past=0)),
+    ),
+    Row(
+        Accel(selection=HeadShard(density=1.0), reuse=FlashBlock(refresh=1)),
+        Accel(selection=HeadShard(0.5, recent_frames=1, dense_steps=0, min_past=0), reuse=FlashBlock(refresh=2)),
+    ),
+    Row(Accel(selection=Routed(density=1.0)), Accel(selection=Routed(0.3, clusters=5, dense_steps=0, min_past=0))),
+    Row(
+        Accel(selection=Sticky(density=1.0)),
+        Accel(selection=Sticky(0.3, refresh="step", summaries=False, dense_steps=0, min_past=0)),
+    ),
+    Row(
+        Accel(selection=SpAttenCascade(density=1.0), cache=SinkRecent(recent_frames=None)),
+        Accel(selection=SpAttenCascade(0.3, drop=0.4, dense_steps=0, min_past=0), cache=SinkRecent(recent_frames=3)),
+    ),
+    Row(
+        Accel(selection=MassRouter(outside=0.0)),
+        Accel(selection=MassRouter(outside=0.7, recent_frames=1, sink_frames=1, dense_steps=0, min_past=0)),
     ),
     Row(Accel(window=FrameWindow(frames=None)), Accel(window=FrameWindow(frames=3))),
     Row(Accel(window=InwardWindow(size=None)), Accel(window=InwardWindow((1, 2)))),

@@ -9,6 +9,7 @@ from tiny import tiny_pipeline
 
 from diffaccel import Accel, KnobError
 from diffaccel.cache.scored import Scored
+from diffaccel.selection.ranked import Choosing, Ranked
 from diffaccel.techniques import TECHNIQUES
 
 PROMPTS = ["a red circle moves left", "a blue square moves right up"]
@@ -165,6 +166,37 @@ BAD = [
     ("AnnSA", {"resort": 0.9}, "resort=0.9"),
     ("AnnSA", {"profile": "a.json", "layers": (1,)}, "both say which layers choose"),
     ("AnnSA", {"sparse_layers": 0.5}, "goes with a profile"),
+    *[
+        (technique.__name__, knobs, message)
+        for technique in TECHNIQUES
+        if issubclass(technique, Choosing) and technique.__name__ != "AnnSA"
+        for knobs, message in [
+            *([({"density": 0}, r"density is a share in \(0, 1\]")] if issubclass(technique, Ranked) else []),
+            ({"dense_steps": 1.0}, "dense_steps=1.0"),
+            ({"clean_pass": "no"}, "choose one of dense, sparse"),
+            ({"sink_frames": -1}, "sink_frames=-1"),
+            ({"recent_frames": -1}, "recent_frames=-1"),
+            ({"refresh": "never"}, "choose one of step, block"),
+            ({"min_past": -1}, "min_past=-1"),
+            ({"summaries": "mean"}, "summaries='mean'"),
+        ]
+    ],
+    ("TokenSelect", {"similarity": 2}, "similarity=2"),
+    ("TokenSelect", {"pool": "sum"}, "choose one of mean, max"),
+    ("HiP", {"order": "curv"}, "did you mean 'curve'"),
+    ("HiP", {"representative": "mean"}, "choose one of middle, first"),
+    ("RetrievalAttention", {"index": "hnsw"}, "choose one of flat, ivf, faiss"),
+    ("RetrievalAttention", {"nearest": 0}, "nearest=0"),
+    ("RetrievalAttention", {"scanned": 0}, "scanned=0"),
+    ("RetrievalAttention", {"calibrated": 1}, "calibrated=1"),
+    ("RetrievalAttention", {"queries": 0}, "queries=0"),
+    ("HeadShard", {"unit": "token"}, "choose one of frame, block"),
+    ("Routed", {"clusters": 0}, "clusters=0"),
+    ("Sticky", {"resident": 0.5}, "resident=0.5"),
+    ("Sticky", {"fresh": 0}, "fresh=0"),
+    ("SpAttenCascade", {"drop": 1}, "drop=1"),
+    ("MassRouter", {"outside": 1.5}, "outside=1.5"),
+    ("MassRouter", {"probes": 0}, "probes=0"),
     ("AnnCA", {"bits": 17}, "bits=17"),
     ("AnnCA", {"tables": 0}, "tables=0"),
     ("HostCache", {"recent_frames": -1}, "recent_frames=-1"),

@@ -15,10 +15,13 @@ Reader = Callable[[Tensor, "Entries"], Partial]  # (q, entries) -> attention of 
 
 @dataclass(eq=False)
 class Lasting:
-    """Notes on entries that grow and change: while `version` stays, entries are only ever added behind the others."""
+    """Notes on entries that grow and change: while `version` stays, entries are only ever added behind the others.
+
+    `shared` are notes of all layers of a branch together."""
 
     version: int = 0
     notes: dict[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class Room(NamedTuple):

@@ -18,6 +18,7 @@ class Asked:
     """Queries in blocks (B, H, QB, query_block, D), and the blocks of keys of which they read `take`."""
 
     q: Tensor
+    given: Tensor  # (B, S, H, D), as they came
     keys: KeyBlocks
     take: int
     site: Site

@@ -32,6 +32,7 @@ class Chosen:
     k: Tensor  # (B, N, H, D)
     v: Tensor
     blocks: BlockLists
+    even: bool  # all lists have all of their entries
     order: Tensor | None  # of the queries, (B, H, S)
     log_weight: Tensor | None  # (B, H, N) fp32
     summary: Summary | None
@@ -68,6 +69,7 @@ class KeyBlocks:
         self.always = torch.zeros(0, dtype=torch.bool)  # on the host, which of them all read
         self.chosen_at: tuple[int, int, int] | None = None  # block, queries and step of the last choice
         self.lists: BlockLists | None = None
+        self.even = True  # lists are equally long
         self.read = 0.0  # blocks that a query reads of those that may be chosen, on average
         self.kept: dict[Any, Any] = {} if before is None else before.kept  # from choice to choice
         self.order: Tensor | None = None  # of the queries, (B, H, S)
@@ -182,7 +184,7 @@ class KeyBlocks:
         behind = torch.arange(self.choices, self._blocks, device=rank.device)
         lists = torch.cat([found, behind.expand(*found.shape[:-1], -1)], -1).int()
         counts = torch.full(lists.shape[:-1], lists.shape[-1], dtype=torch.int32, device=rank.device)
-        self.lists, self.read = BlockLists(lists, counts, query_block, self.block, ascending=True), take
+        self.lists, self.read, self.even = BlockLists(lists, counts, query_block, self.block, True), take, True
 
     def read_all_or_none(self, all_of_them: Tensor, query_blocks: int, query_block: int) -> None:
         """Let some heads, bool (B, H), read every block and the others only those at the end. Waits for the device."""
@@ -190,7 +192,7 @@ class KeyBlocks:
         lists = torch.where(all_of_them[..., None], blocks, (blocks + self.choices) % self._blocks)
         counts = torch.where(all_of_them, self._blocks, self._blocks - self.choices)
         lists, counts = (x[:, :, None].repeat_interleave(query_blocks, 2).int() for x in (lists, counts))
-        self.lists = BlockLists(lists, counts, query_block, self.block, ascending=True)
+        self.lists, self.even = BlockLists(lists, counts, query_block, self.block, ascending=True), False
         self.read = self.choices * float(all_of_them.float().mean())
 
     def chosen(self, summaries: bool) -> Chosen:
@@ -201,6 +203,7 @@ class KeyBlocks:
             self._k[:, :, : self.count].transpose(1, 2),
             self._v[:, :, : self.count].transpose(1, 2),
             self.lists,
+            self.even,
             self.order,
             self._log_weight,
             self._summary() if summaries else None,
@@ -217,6 +220,12 @@ class KeyBlocks:
         """What is added to their scores, fp32 (B, H, KB, block); None for nothing."""
         held = self._log_weight
         return None if held is None else held[..., : self.choices * self.block].unflatten(2, (-1, self.block))
+
+    @property
+    def behind(self) -> tuple[Tensor, Tensor | None]:
+        """Keys that all read, (B, H, n, D), and what is added to their scores, fp32 (B, H, n)."""
+        those = slice(self.choices * self.block, self.count)
+        return self._k[:, :, those], None if self._log_weight is None else self._log_weight[..., those]
 
     @property
     def _blocks(self) -> int:
@@ -250,6 +259,10 @@ def over_blocks(kernel: ModuleType, asked: bool, q: Tensor, chosen: Chosen, scal
         )
     if kernel is fa4 and chosen.log_weight is None and fa4.cannot_list(chosen.blocks, chosen.k.shape[1]) is None:
         return by_fa4(q, chosen.k, chosen.v, chosen.blocks, scale=scale, order=chosen.order, summary=chosen.summary)
+    if not chosen.even:
+        raise KernelError(
+            f"kernel={kernel.name!r} reads copies of the chosen keys, equally many for every head: use kernel='auto'"
+        )
     if chosen.log_weight is not None or chosen.summary is not None:
         raise KernelError(
             f"kernel={kernel.name!r} reads copies of the chosen keys, which takes no summaries and no merged entries: "

@@ -73,7 +73,7 @@ class Choosing(Selector):
         return "place"
 
     def resorts(self) -> float:
-        """The whole past is sorted anew when it has grown so many times since."""
+        """The whole past is sorted anew when it has grown so many times since; inf where content does not sort it."""
         return inf
 
     def key_buckets(self, entries: "Entries", site: Site) -> Tensor | None:
@@ -123,7 +123,7 @@ class Choosing(Selector):
         if not self.stands(keys, q, site):
             again = keys.chosen_at is not None and keys.chosen_at[0] == site.block
             blocks = keys.arrange(q, again, self.query_buckets(q, entries, site))
-            self.choose(Asked(blocks, keys, take, site, entries.lasting))
+            self.choose(Asked(blocks, q, keys, take, site, entries.lasting))
             keys.chosen_at = (site.block, q.shape[1], site.step)
         return None if keys.read == keys.choices else keys.chosen(self.summaries)
 
@@ -142,12 +142,12 @@ class Choosing(Selector):
         if free < 2 * block:
             return None
         buckets = self.key_buckets(entries, site)
-        was = None
+        was, still = None, self.resorts() == inf
         if keys is not None and keys.block == block and free < self.resorts() * keys.together:
             was = keys.at
         if keys is not None and was is not None and was[0] == at[0]:
             keys.take(entries, always, buckets)
-        elif keys is not None and was is not None and was[1:] == at[1:] and self.stands(keys, q, site):
+        elif keys is not None and was is not None and was[1:] == at[1:] and (still or self.stands(keys, q, site)):
             keys.refill(entries)
         else:
             keys = notes[self] = KeyBlocks(self.sorting(), block, keys)
