@@ -144,7 +144,7 @@ def group_of(model: Any) -> Any:
 @cache
 def _hosts(group: Any) -> Any:
     """The same processes, through their hosts."""
-    if dist.get_backend(group) == "gloo":
+    if "cpu:gloo" in dist.get_backend_config(group):
         return group
     return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 

@@ -38,8 +38,8 @@ def unfit(model: Any) -> str | None:
     """Why forwards of a model cannot be captured, or None."""
     if model.device.type != "cuda":
         return f"these are on {model.device}; leave graphs out"
-    if devices_of(model) > 1 and (backend := dist.get_backend(group_of(model))) != "nccl":
-        return f"these are of a model that is shared over {backend}, which the host takes part in; leave graphs out"
+    if devices_of(model) > 1 and "cuda:nccl" not in (backend := dist.get_backend_config(group_of(model))):
+        return f"these are of a model that is shared over {backend}, not cuda:nccl; leave graphs out"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "offload moves these; leave one of the two out"
     return None

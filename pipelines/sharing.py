@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 script.py
 
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl")
     pipe = CausalWanPipeline.from_pretrained(...).to("cuda", torch.bfloat16)
     share_heads(pipe)

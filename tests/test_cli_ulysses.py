@@ -33,13 +33,13 @@ def launch(folder, *arguments, processes=2):
     script = folder / "launched.py"
     script.write_text(LAUNCHED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [*torchrun, str(script), "generate", *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def alone(*arguments, code=0):
-    result = CliRunner().invoke(app, ["generate", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == code, result.output
 
 

@@ -1,5 +1,6 @@
 """One model on several devices, tokens split between them and heads in self-attention: two processes, one video."""
 
+import gc
 import os
 import pathlib
 import socket
@@ -61,7 +62,7 @@ def at_once():
 
 def join():
     """Meet the other process; gives the device of this one."""
-    device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
@@ -71,6 +72,7 @@ def join():
 
 
 def leave(folder, found):
+    gc.collect()  # graphs go before the group that they exchange in
     torch.save(found, f"{folder}/{os.environ['RANK']}.pt")
     dist.destroy_process_group()
 
@@ -128,8 +130,8 @@ def worker(folder):
     leave(folder, found)
 
 
-def together(folder, module="test_spread"):
-    """What the `worker` of a module found in each of two processes."""
+def together(folder, module="test_spread", gpus=""):
+    """What the `worker` of a module found in each of two processes, which see these GPUs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -138,7 +140,8 @@ def together(folder, module="test_spread"):
     for rank in ("0", "1"):
         given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-c", f"import {module}; {module}.worker({str(folder)!r})"]
-        started.append(subprocess.Popen(command, env={**os.environ, **given}, cwd=here))
+        environment = {**os.environ, **given, "CUDA_VISIBLE_DEVICES": gpus}
+        started.append(subprocess.Popen(command, env=environment, cwd=here))
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
@@ -208,7 +211,7 @@ def test_an_attention_takes_two_exchanges(ranks):
 def test_two_gpus_make_the_video_of_one(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    ranks = together(tmp_path)
+    ranks = together(tmp_path, gpus="0,1")
     for look in (check, check_enlarged, check_replayed, check_pixels):
         look(ranks, "cuda")
     assert [rank["exchanges"] for rank in ranks] == [2, 2]
@@ -267,7 +270,10 @@ def test_graphs_are_refused_where_the_host_carries_what_is_exchanged(monkeypatch
     assert graphed.unfit(model) is None
     model._parallel_config = SimpleNamespace(context_parallel_config=shared())
     model._parallel_config.context_parallel_config._ulysses_mesh = SimpleNamespace(get_group=lambda: None)
-    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
-    assert graphed.unfit(model) is None
-    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
-    assert graphed.unfit(model).startswith("these are of a model that is shared over gloo, which the host takes part")
+    for config in ("cuda:nccl", "cpu:gloo,cuda:nccl"):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        assert graphed.unfit(model) is None
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:gloo")
+    assert graphed.unfit(model) == (
+        "these are of a model that is shared over cpu:gloo,cuda:gloo, not cuda:nccl; leave graphs out"
+    )
