@@ -516,7 +516,8 @@ def methods(
     for technique in TECHNIQUES:
         about = describe_technique(technique)
         lines += [f"{about['name']}  (slot {about['slot']})", f"  {about['summary']}", f"  {about['paper']}"]
-        lines.append(f"  needs {about['needs']} before, goes with {'causal' if about['needs_blocks'] else 'any'} pipelines")
+        pipelines = "causal" if about["needs_blocks"] else "any"
+        lines.append(f"  needs {about['needs']} before, goes with {pipelines} pipelines")
         slot = about["slot"]
         exact = "".join(f" --set {slot}.{name}={value}" for name, value in about["exact"].items())
         lines.append(f"  exact: --set {slot}={about['name']}{exact or ', always (lossless)'}")
