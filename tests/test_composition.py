@@ -158,6 +158,14 @@ def test_model_offload_that_ends_inside_has_ended(plain, kind):
     assert torch.equal(video(pipe), plain[kind][0])
 
 
+def test_model_offload_that_began_inside_ends_with_the_forward_of_the_class():
+    pipe = opened("stock")
+    with Accel()(pipe):
+        pipe.enable_model_cpu_offload(device="cpu")
+    pipe.remove_all_hooks()
+    assert pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_quantised_by_the_config_of_diffusers(kind, tmp_path):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
