@@ -141,8 +141,10 @@ class ByHead:
         return whole
 
     def frames(self) -> list[Tensor]:
-        tokens = self._columns["token"][self._there] if self._groups else torch.empty(0, dtype=torch.int64)
-        return [tokens.unique().cpu() // self.tokens_per_frame]
+        """None where entries stand for tokens of many frames."""
+        if "token" not in self._columns:
+            return []
+        return [self._columns["token"][self._there].unique().cpu() // self.tokens_per_frame]
 
 
 def _rows(row: int | None) -> slice:

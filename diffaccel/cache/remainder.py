@@ -1,5 +1,6 @@
 """What stays of tokens that left one by one, head by head."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -53,4 +54,7 @@ def _column(counts: Counts, like: Tensor) -> Tensor:
     return torch.tensor(counts, device=like.device, dtype=like.dtype)[:, None, :, None]
 
 
-REMAINDERS: dict[str, type[Remainder]] = {"mean": MeanKey}
+REMAINDERS: dict[str, Callable[[int], Sequence[Remainder]]] = {
+    "mean": lambda layers: [MeanKey() for _ in range(layers)],
+}
+"""What `Scored.dropped` may say, and what it makes for so many layers."""

@@ -5,8 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..cache.scored import Scored
 from ..cache.sink_recent import SinkRecent
+from ..cache.sorting import Sorting
 from ..grid import Grid
 from ..policy import Policy
 from ..sent import sent
@@ -14,9 +14,9 @@ from ..sent import sent
 
 def keeps_frames(cache: Policy) -> bool:
     """Whether entries that a selector sees of this cache are whole frames, the same in all layers: then the number of
-    an entry says its place. `Scored` shows it the protected frames only."""
+    an entry says its place. `Sorting` shows it the protected frames only."""
     whole = isinstance(cache, SinkRecent) and cache.summaries is None
-    return whole or isinstance(cache, Scored) or getattr(cache, "keeps_frames_whole", False)
+    return whole or isinstance(cache, Sorting) or getattr(cache, "keeps_frames_whole", False)
 
 
 def nearby(grid: Grid, like: Tensor) -> Tensor:
