@@ -1,9 +1,12 @@
 """Every technique that ships, in the order in which `diffaccel methods` lists them: the one place they are exported."""
 
 from .cache.cake import CAKE
+from .cache.h2o import H2O
 from .cache.host import HostCache
+from .cache.lazy_eviction import LazyEviction
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.snapkv import SnapKV
+from .cache.task_kv import TaskKV
 from .cache.tempcache import TempCache
 from .policy import Policy
 from .prompt.annca import AnnCA
@@ -28,7 +31,10 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     RollingRebased,
     HostCache,
     SnapKV,
+    H2O,
     CAKE,
+    TaskKV,
+    LazyEviction,
     AnnSA,
     TokenSelect,
     HiP,
@@ -48,6 +54,7 @@ TECHNIQUES: tuple[type[Policy], ...] = (
 
 __all__ = [
     "CAKE",
+    "H2O",
     "AnnCA",
     "AnnSA",
     "FlashBlock",
@@ -57,6 +64,7 @@ __all__ = [
     "HiP",
     "HostCache",
     "InwardWindow",
+    "LazyEviction",
     "MassRouter",
     "PadCollapse",
     "RetrievalAttention",
@@ -66,6 +74,7 @@ __all__ = [
     "SnapKV",
     "SpAttenCascade",
     "Sticky",
+    "TaskKV",
     "TempCache",
     "TokenSelect",
 ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from diffaccel import (
     CAKE,
+    H2O,
     Accel,
     AnnCA,
     AnnSA,
@@ -14,6 +15,7 @@ from diffaccel import (
     HiP,
     HostCache,
     InwardWindow,
+    LazyEviction,
     MassRouter,
     PadCollapse,
     RetrievalAttention,
@@ -23,6 +25,7 @@ from diffaccel import (
     SnapKV,
     SpAttenCascade,
     Sticky,
+    TaskKV,
     TempCache,
     TokenSelect,
 )
@@ -69,6 +72,9 @@ MATRIX = [
     ),
     Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
     Row(Accel(cache=SnapKV(budget=None)), Accel(cache=SnapKV("5 frames"))),
+    Row(Accel(cache=H2O(budget=None)), Accel(cache=H2O("5 frames", recent_frames=2))),
+    Row(Accel(cache=LazyEviction(budget=None)), Accel(cache=LazyEviction("5 frames", recent_frames=2, alpha=0.05))),
+    Row(Accel(cache=TaskKV(budget=None)), Accel(cache=TaskKV("5 frames", sink_frames=0, least=0, beta=0.6, top=4))),
     Row(Accel(cache=CAKE(budget=None)), Accel(cache=CAKE("5 frames", dropped="mean", recent_frames=2))),
     Row(
         Accel(cache=SnapKV(budget=None), reuse=FlashBlock(refresh=1)),

@@ -233,6 +233,13 @@ BAD = [
             ({"dropped": "host"}, r"unknown \w+.dropped 'host'"),
         ]
     ],
+    ("H2O", {"normalised": 1.5}, "normalised is True or False"),
+    ("LazyEviction", {"alpha": 0}, "alpha=0"),
+    ("LazyEviction", {"h2": "code"}, "choose one of paper, off, official"),
+    ("TaskKV", {"beta": 1}, "beta=1"),
+    ("TaskKV", {"least": -1}, "least=-1"),
+    ("TaskKV", {"top": 0}, "top=0"),
+    ("TaskKV", {"pool": 2}, "pool=2"),
     ("SnapKV", {"pool": 2}, "pool is an odd number >= 1, got pool=2"),
     ("CAKE", {"pool": 0}, "pool=0"),
     ("CAKE", {"tau1": 0}, "tau1=0"),
