@@ -82,6 +82,7 @@ class Family:
         self, pipe: Any, rows: int = 1, only: int | None = None, guided: bool = True, steps: int = STEPS
     ) -> Tensor:
         """Latents after a few steps, under guidance or not; `only` one row of the batch."""
+        warnings.filterwarnings("ignore", "flex_attention called without")  # FAR's own, which diffaccel replaces
         if self.causal is not None:
             video = {"height": self.size[0], "width": self.size[1], "num_frames": 33, "num_inference_steps": steps}
             video["guidance_scale"] = 3.0 if guided else 1.0
