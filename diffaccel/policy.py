@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .cache import Entries, Extent, Lasting, Memory, Tier
     from .grid import Grid
     from .kernel import Partial
-    from .kernel.boxes import Boxes
+    from .kernel.boxes import Boxes, Dilated
     from .plan import Plan
     from .run import Run
     from .selection.blocks import Chosen
@@ -180,7 +180,7 @@ class Selector(Policy):
     """Slots window (by position) and selection (by content): what may a query read?"""
 
     @abstractmethod
-    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | None":
+    def plan(self, q: Tensor, entries: "Entries", site: "Site") -> "Plan | Chosen | Boxes | Dilated | None":
         """Which of `entries` the queries (B, S, H, D) read; None for all of them.
 
         A plan holds for all heads. What is chosen head by head is given as lists of blocks of reordered keys, and what

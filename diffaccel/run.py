@@ -21,7 +21,7 @@ from .errors import NotEngagedError
 from .grid import Grid
 from .joint import Text
 from .kernel import Partial, merge
-from .kernel.boxes import Boxes, over_boxes
+from .kernel.boxes import Boxes, Dilated, over_boxes
 from .kernel.choose import Choice, Size, size_of
 from .kernel.weighted import in_one, over_entries
 from .observe import Observer
@@ -643,7 +643,7 @@ class Call:
                 continue
             self.run.fired(selector.slot)
             self.chose, self.engaged[selector.slot] = True, 1
-            if isinstance(found, Boxes):
+            if isinstance(found, Boxes | Dilated):
                 self._count(q, found.keys_read)
                 return over_boxes(kernel, q, entries, scale, found)
             if isinstance(found, Chosen):

@@ -24,6 +24,7 @@ from .selection.sticky import Sticky
 from .selection.token_select import TokenSelect
 from .window.frame_window import FrameWindow
 from .window.inward_window import InwardWindow
+from .window.neighborhood import NeighborhoodAttention
 
 TECHNIQUES: tuple[type[Policy], ...] = (
     TempCache,
@@ -47,6 +48,7 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     FlashBlock,
     FrameWindow,
     InwardWindow,
+    NeighborhoodAttention,
     FullFieldGuide,
     AnnCA,
     PadCollapse,
@@ -66,6 +68,7 @@ __all__ = [
     "InwardWindow",
     "LazyEviction",
     "MassRouter",
+    "NeighborhoodAttention",
     "PadCollapse",
     "RetrievalAttention",
     "RollingRebased",

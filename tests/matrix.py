@@ -17,6 +17,7 @@ from diffaccel import (
     InwardWindow,
     LazyEviction,
     MassRouter,
+    NeighborhoodAttention,
     PadCollapse,
     RetrievalAttention,
     RollingRebased,
@@ -135,6 +136,14 @@ MATRIX = [
     Row(
         Accel(window=InwardWindow(size=None), reuse=FlashBlock(refresh=1)),
         Accel(window=InwardWindow((1, 2)), reuse=FlashBlock(refresh=2)),
+    ),
+    Row(
+        Accel(window=NeighborhoodAttention(kernel=None)),
+        Accel(window=NeighborhoodAttention((3, 1, 2), (1, 1, 2), causal=(True, False, False))),
+    ),
+    Row(
+        Accel(window=NeighborhoodAttention(kernel=None), reuse=FlashBlock(refresh=1)),
+        Accel(window=NeighborhoodAttention((0, 2, 1), (1, 2, 1), (1, 1, 2)), reuse=FlashBlock(refresh=2)),
     ),
     Row(Accel(prompt=PadCollapse()), None, bits=False),
     Row(Accel(prompt=AnnCA(bits=0)), Accel(prompt=AnnCA(bits=12, tables=1)), bits=False),

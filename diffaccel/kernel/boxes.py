@@ -8,12 +8,12 @@ strips go together as more heads.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
 from math import prod
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Boxes:
     @property
     def keys_read(self) -> float:
         """Keys that a query reads on average."""
-        pairs = prod(sum(_size(own) * _size(read) for own, read in axis) for axis in self._axes)
+        pairs = prod(sum(_size(own) * _size(read) for own, read in axis) for axis in self.axes)
         return pairs / self.queries.tokens
 
     @cached_property
@@ -74,12 +74,38 @@ class Boxes:
         return [batch for tiles in alike.values() for batch in _progressions(tiles)]
 
     @property
-    def _axes(self) -> tuple[tuple[Tile, ...], ...]:
+    def axes(self) -> tuple[tuple[Tile, ...], ...]:
+        """Tiles along frames, rows and columns."""
         return self.frames, self.rows, self.columns
 
 
-def over_boxes(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, boxes: Boxes) -> Partial:
+class Part(NamedTuple):
+    """Every n-th token along the axes of two grids, and the boxes that these read each other in."""
+
+    own: tuple[slice, slice, slice]
+    read: tuple[slice, slice, slice]
+    boxes: Boxes
+
+
+@dataclass(frozen=True)
+class Dilated:
+    """Parts of a grid whose tokens lie apart and read none of the other parts; together they are all queries."""
+
+    queries: Grid
+    keys: Grid
+    parts: tuple[Part, ...]
+
+    @property
+    def keys_read(self) -> float:
+        """Keys that a query reads on average."""
+        boxes = [part.boxes for part in self.parts]
+        return sum(one.keys_read * one.queries.tokens for one in boxes) / self.queries.tokens
+
+
+def over_boxes(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, boxes: Boxes | Dilated) -> Partial:
     """`kernel` over what each of the queries (B, S, H, D) may read of `entries`, whose tokens lie on `boxes.keys`."""
+    if isinstance(boxes, Dilated):
+        return _over_parts(kernel, q, entries, scale, boxes)
     result = nothing(q)
     q, out, lse = (_on(boxes.queries, x, boxes.along_columns) for x in (q, *result))
     k, v = (_on(boxes.keys, x, boxes.along_columns) for x in (entries.k, entries.v))
@@ -97,6 +123,18 @@ def over_boxes(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, 
                 found = kernel.partial(_seen(queries, own), _seen(keys, read), _seen(values, read), scale=scale)
                 for whole, part in zip((out, lse), found, strict=True):
                     _scatter(whole, part, owns, own)
+    return result
+
+
+def _over_parts(kernel: ModuleType, q: Tensor, entries: "Entries", scale: float, dilated: Dilated) -> Partial:
+    """The same of a dilated grid, whose parts are copied to lie together."""
+    result = nothing(q)
+    q, out, lse = (_on(dilated.queries, x, True) for x in (q, *result))
+    k, v = (_on(dilated.keys, x, True) for x in (entries.k, entries.v))
+    for own, read, boxes in dilated.parts:
+        some = replace(entries, k=k[:, *read].flatten(1, 3), v=v[:, *read].flatten(1, 3))
+        found = over_boxes(kernel, q[:, *own].flatten(1, 3), some, scale, boxes)
+        out[:, *own], lse[:, *own] = (_on(boxes.queries, x, True) for x in found)
     return result
 
 

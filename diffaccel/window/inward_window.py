@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from math import log
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from ..cache.entries import Entries
 from ..grid import Grid
-from ..kernel.boxes import Boxes, Tile
+from ..kernel.boxes import Boxes
 from ..policy import Policy, Selector, knob
 from ..site import Site
+from .spans import spans
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,21 +117,3 @@ def _boxes(window: InwardWindow, grid: Grid, keys: Grid, first: int) -> Boxes | 
     if len(frames) == len(rows) == len(columns) == 1 and frames[0][1] == (0, keys.frames):
         return None
     return Boxes(grid, keys, tuple(frames), tuple(rows), tuple(columns), window.gather_mib << 20)
-
-
-def spans(queries: int, tile: int, window: int, first: int = 0, keys: int | None = None) -> list[Tile]:
-    """Along one axis: tiles of `queries` tokens, and the `window` of `keys` (all of them where it is larger) that each
-    reads, centred on it and shifted inward. Query 0 is at key `first`. Neighbours that read the same are one tile."""
-    keys = queries if keys is None else keys
-    window = min(window, keys)
-    tile = min(tile, queries)
-    borders = sorted({0, *range(queries % tile // 2, queries + 1, tile), queries})
-    found: list[Tile] = []
-    for start, stop in pairwise(borders):
-        left = min(max((2 * first + start + stop - window) // 2, 0), keys - window)
-        read = (left, left + window)
-        if found and found[-1][1] == read:
-            found[-1] = ((found[-1][0][0], stop), read)
-        else:
-            found.append(((start, stop), read))
-    return found
