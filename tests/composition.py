@@ -24,7 +24,7 @@ def opened(kind, **transformer):
 
 def video(pipe, **changes):
     """Latents of 9 latent frames, in the causal pipeline 3 blocks."""
-    settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4, "output_type": "latent"}
+    settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 3, "output_type": "latent"}
     seeded = {"generator": torch.Generator().manual_seed(1), "guidance_scale": 2.0}
     return pipe(**{"prompt": "a red circle", **seeded, **settings, **changes}).frames
 
