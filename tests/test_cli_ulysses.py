@@ -20,12 +20,23 @@ BUNDLED = [PROMPT, "--frames", "17", "--steps", "2", "--preset", "fast", "--set"
 BUNDLED += ["--set", "cache=none"]
 SMALL = ["a red circle", "--size", "48x32", "--frames", "5", "--steps", "2", "--guidance", "1"]
 LAUNCHED = """
-import sys
+import os, sys, time
 import torch
 torch.set_num_threads(1)
 torch.accelerator.device_count = lambda: 2  # diffusers divides by it, which has nothing to split on a CPU
 from diffaccel.cli import app
-app(sys.argv[1:])
+from diffaccel.video import VideoWriter
+close = VideoWriter.close
+def slowly(self):
+    time.sleep(2)  # the process that does not write is done before
+    return close(self)
+VideoWriter.close = slowly
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    if os.environ["RANK"] == "1":
+        os._exit(end.code)  # at once: the interpreter takes seconds to end
+    raise
 """
 
 
