@@ -1,6 +1,6 @@
 """HiP: a search down a tree of keys that touches few of them (arXiv 2406.09827)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +14,9 @@ from .places import keeps_frames, nearby
 from .ranked import Ranked
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..backbone import Geometry
     from ..cache.entries import Entries
 
 
@@ -51,6 +54,11 @@ class HiP(Ranked):
                 name = type(other).__name__
                 return f"order='curve' needs whole frames, and {name} keeps parts: use order='raster', or no cache"
         return super().conflict(others)
+
+    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        if self.order == "curve" and any(geometry.coarse_past for geometry, _ in models):
+            return "order='curve' needs frames of one size, and its older ones are smaller: use order='raster'"
+        return super().refuses_model(models)
 
     def rank(self, asked: Asked) -> Tensor:
         """1 for the blocks that the search ends at, (B, H, QB, KB)."""
