@@ -26,6 +26,8 @@ from diffusers import (
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
     SanaVideoTransformer3DModel,
+    SanaWMLTX2Refiner,
+    SanaWMLTX2RefinerTransformer3DModel,
     SkyReelsV2Transformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -385,6 +387,35 @@ def qwen(rows: int, branch: int) -> dict[str, Any]:
     return given | {"img_shapes": [[(IMAGE.frames, IMAGE.height, IMAGE.width)]] * rows}
 
 
+class Refiner(SanaWMLTX2Refiner):
+    """The stock pipeline of nine latent frames in blocks of two, four of them kept, without what reads the prompt."""
+
+    def __call__(self, prompt: str, height: int, width: int, **given: Any) -> Any:
+        video = noise(1, 8, 9, height // 2, width // 2, seed=80)
+        sigmas = (*torch.linspace(0.9, 0.2, given.get("num_inference_steps", STEPS)).tolist(), 0.0)
+        found = super().__call__(
+            video, prompt, fps=16.0, block_size=2, kv_max_frames=5, sigmas=sigmas, generator=given.get("generator"),
+            output_type="latent",
+        )  # fmt: skip
+        return SimpleNamespace(frames=found)
+
+    def _encode_prompt(self, prompt: str, **_: Any) -> tuple[Tensor, Tensor]:
+        return noise(1, WORDS, TEXT_DIM, seed=81), torch.arange(WORDS)[None] >= 5
+
+
+def sana_wm_refiner(**changes: Any) -> Any:
+    torch.manual_seed(16)
+    settings = {
+        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
+        "cross_attention_dim": 32, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": TEXT_DIM,
+    }  # fmt: skip
+    model = SanaWMLTX2RefinerTransformer3DModel(**(settings | {"norm_elementwise_affine": True} | changes))
+    pipe = Refiner(sharper(model, "attn1.norm_q.weight"), None, None, None, FlowMatchEulerDiscreteScheduler(shift=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def sana_video(**changes: Any) -> nn.Module:
     torch.manual_seed(15)
     settings = {
@@ -428,6 +459,7 @@ FAMILIES = [
     ),
     Family("Flux", flux, flux_given, (IMAGE.tokens, 8), grid=IMAGE, axes=(0,), per_thousand=False),
     Family("Qwen-Image", qwen_image, qwen, (IMAGE.tokens, 8), grid=IMAGE, axes=(0,), per_thousand=False),
+    Family("SANA-WM refiner", lambda: sana_wm_refiner().transformer, ltx, VIDEO, causal=sana_wm_refiner, size=(12, 16)),
 ]
 REFUSED = [Family("SANA", sana_video, prompt, VIDEO)]
 """Known, whatever is asked of them refused."""

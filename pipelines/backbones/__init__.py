@@ -17,6 +17,7 @@ from .ltx_video import LTXVideo
 from .mochi import Mochi
 from .qwen_image import QwenImage
 from .sana import Sana
+from .sana_wm_refiner import SanaWMRefiner
 from .skyreels_v2 import SkyReelsV2
 from .wan import Wan
 
@@ -36,6 +37,7 @@ register(HunyuanVideo15())
 register(LTX2())
 register(AnyFlow())
 register(AnyFlowFAR())
+register(SanaWMRefiner())
 register(Sana())
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Mochi",
     "QwenImage",
     "Sana",
+    "SanaWMRefiner",
     "SkyReelsV2",
     "Wan",
 ]

@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
     apply_rotary_emb_qwen,
 )
+from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerAttnProcessor
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
@@ -63,6 +64,7 @@ __all__ = [
     "MochiAttnProcessor2_0",
     "ModelHook",
     "QwenDoubleStreamAttnProcessor2_0",
+    "SanaWMLTX2RefinerAttnProcessor",
     "SkyReelsV2AttnProcessor",
     "StateManager",
     "WanAttention",
