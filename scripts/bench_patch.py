@@ -25,7 +25,7 @@ from families import FAMILIES, Family  # noqa: E402
 from diffaccel import Accel, FlashBlock, PadCollapse, TempCache  # noqa: E402
 from diffaccel.backbone import find  # noqa: E402
 
-TECHNIQUES = Accel(cache=TempCache(), reuse=FlashBlock(), prompt=PadCollapse())
+EVERYWHERE = Accel(cache=TempCache(), reuse=FlashBlock(), prompt=PadCollapse())
 
 
 def published(family: Family) -> Any:
@@ -34,6 +34,11 @@ def published(family: Family) -> Any:
     with torch.device("meta"):
         model = kind()
     return SimpleNamespace(transformer=model, block_causal=family.causal)
+
+
+def asked(family: Family) -> Accel:
+    """Techniques in several slots, where a family takes these."""
+    return EVERYWHERE if family.causal and family.takes_prompt else Accel()
 
 
 def measure(pipe: Any, accel: Accel, rounds: int) -> tuple[list[float], list[float]]:
@@ -58,7 +63,7 @@ def main() -> None:
     for family in FAMILIES:
         pipe = published(family)
         layers = find(pipe)[0].geometry(pipe.transformer).layers
-        found = measure(pipe, TECHNIQUES if family.causal else Accel(), options.rounds)
+        found = measure(pipe, asked(family), options.rounds)
         patch, restore = (f"{min(times):.1f} / {statistics.median(times):.1f} ms" for times in found)
         print(f"| {family.name} | {layers} | {patch} | {restore} |", flush=True)
 

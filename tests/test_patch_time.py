@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 
-from diffaccel import Accel
 from diffaccel.backbone import find
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -19,6 +18,6 @@ MOST = 100.0  # milliseconds, the best of three
 def test_patching_and_restoring(family):
     pipe = bench_patch.published(family)
     assert find(pipe)[0].geometry(pipe.transformer).layers >= 20  # no tiny model
-    patch, restore = bench_patch.measure(pipe, bench_patch.TECHNIQUES if family.causal else Accel(), rounds=3)
+    patch, restore = bench_patch.measure(pipe, bench_patch.asked(family), rounds=3)
     assert min(patch) < MOST
     assert min(restore) < MOST
