@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .kernel import KERNELS, merge
-from .kernel.weighted import over_entries
+from .kernel import merge
+from .kernel.weighted import read_plainly
 from .site import Site
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class Observer:
         if past:
             some, scale = q[:, picks.to(q.device)], q.shape[-1] ** -0.5
             tiers = [tier for tier in memory.past() if tier.count]
-            kernel, recall = KERNELS["reference"], torch.zeros(1)
+            recall = torch.zeros(1)
             if tiers:  # a cache may just have been flushed
-                read = [tier.partial(some, lambda q, e: over_entries(kernel, q, e, scale, None)) for tier in tiers]
+                read = [tier.partial(some, read_plainly) for tier in tiers]
                 scores = torch.einsum("shd,nhd->shn", some[0].cpu().float()[:, heads], torch.cat(past).float()) * scale
                 recall = (merge(read).lse[0].cpu().float()[:, heads] - scores.logsumexp(-1)).exp().clamp(max=1)
             self.recall[site.layer].append((site.start, round(float(recall.mean()), 4)))

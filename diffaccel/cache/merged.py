@@ -80,9 +80,9 @@ class MergedTokens:
         capacity += SPARE
         self.wide = not (bits or shuttle) and can_in_place(device, k.dtype, dim)
         more = (spare(dim) if self.wide else None) or (0, 0)
-        self.k = make_store(k, capacity, bits, channels=True, spare=more[0])
+        self.k = make_store(k, capacity, bits, channels=1, spare=more[0])
         self.v = make_store(v, capacity, bits, spare=more[1])
-        self.centre = make_store(k, capacity, bits, channels=True) if representative == "medoid" else None
+        self.centre = make_store(k, capacity, bits, channels=1) if representative == "medoid" else None
         self.count = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.frame = torch.zeros(rows, capacity, dtype=torch.int32, device=device)
         self.cell = torch.zeros(rows, capacity, dtype=torch.int32, device=device)  # place in the frame

@@ -41,7 +41,7 @@ class Ragged:
             torch.cat([self.v, later.v], 1),
             {name: torch.cat([self.columns[name], column], -1) for name, column in later.columns.items()},
             torch.cat([self.there, later.there], -1),
-            _each(lambda one, other: one + other, self.counts, later.counts),
+            each_head(lambda one, other: one + other, self.counts, later.counts),
         )
 
     def part(self, start: int, stop: int) -> "Ragged":
@@ -55,7 +55,7 @@ class Ragged:
         rank = torch.empty_like(order)
         rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
         stays = rank < torch.tensor(counts, device=order.device)[..., None]
-        left = _each(lambda had, keeps: had - keeps, self.counts, counts)
+        left = each_head(lambda had, keeps: had - keeps, self.counts, counts)
         return self._picked(stays & self.there, counts), self._picked(~stays & self.there, left)
 
     def _picked(self, which: Tensor, counts: Counts) -> "Ragged":
@@ -66,7 +66,8 @@ class Ragged:
         return Ragged(self.k.gather(1, at), self.v.gather(1, at), columns, which.gather(-1, places), counts)
 
 
-def _each(function: Callable[[int, int], int], *counts: Counts) -> Counts:
+def each_head(function: Callable[..., int], *counts: Counts) -> Counts:
+    """What a function makes of the numbers of every row and head."""
     return tuple(tuple(map(function, *rows)) for rows in zip(*counts, strict=True))
 
 

@@ -1,12 +1,15 @@
 """What stays of tokens that left one by one, head by head."""
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .ragged import ByHead, Counts, Ragged
+from .centroids import Centroids
+from .ragged import ByHead, Counts, Ragged, each_head
+from .stored import Stored, in_bits
 from .tiers import Tier
 
 
@@ -33,15 +36,13 @@ class MeanKey(ByHead):
         there = gone.there.transpose(1, 2)[..., None]
         new = torch.stack([(x.to(wide) * there).sum(1, keepdim=True) for x in (gone.k, gone.v)])
         if not self._tokens:
-            self._means, self._tokens = torch.zeros_like(new), tuple((0,) * len(row) for row in gone.counts)
+            self._means, self._tokens = torch.zeros_like(new), each_head(lambda _: 0, gone.counts)
         before = _column(self._tokens, new)
-        self._tokens = tuple(
-            tuple(map(sum, zip(*rows, strict=True))) for rows in zip(self._tokens, gone.counts, strict=True)
-        )
+        self._tokens = each_head(add, self._tokens, gone.counts)
         after = _column(self._tokens, new)
         self._means = (self._means * before + new) / after.clamp(min=1)
         k, v = self._means.to(gone.k.dtype)
-        held = Ragged(k, v, {}, (after > 0)[:, 0, :, 0:1], tuple(tuple(min(1, n) for n in row) for row in self._tokens))
+        held = Ragged(k, v, {}, (after > 0)[:, 0, :, 0:1], each_head(lambda n: min(1, n), self._tokens))
         self.hold(held, tokens_per_frame, self._tokens)
 
     @property
@@ -56,5 +57,9 @@ def _column(counts: Counts, like: Tensor) -> Tensor:
 
 REMAINDERS: dict[str, Callable[[int], Sequence[Remainder]]] = {
     "mean": lambda layers: [MeanKey() for _ in range(layers)],
+    "centroids": lambda layers: [Centroids() for _ in range(layers)],
+    "bits4": lambda layers: [Stored(in_bits(4)) for _ in range(layers)],
+    "bits2": lambda layers: [Stored(in_bits(2)) for _ in range(layers)],
+    "host": Stored.on_host,
 }
 """What `Scored.dropped` may say, and what it makes for so many layers."""

@@ -40,7 +40,9 @@ class Scored(Sorting):
     probes: int = knob(32, "queries of a finished block that say what it read, >= 1")
     dropped: str | None = knob(
         None,
-        'what stays of what leaves: "mean", one key a head that stands for all of it; None: nothing',
+        'what becomes of what leaves: "mean": one key a head stands for all of it; "centroids": means of near tokens, '
+        'at most a frame of them; "bits4", "bits2": all of it, quantised; "host": all of it, in the host\'s memory; '
+        "None: it is gone",
         choices=tuple(REMAINDERS),
     )
 
@@ -87,8 +89,11 @@ class Scored(Sorting):
 
     def describe(self, run: "Run") -> dict[str, Any]:
         """What the layers keep beside the protected frames, and the frames of the oldest of it."""
-        kept = [tier.count for memory in run.all_memories() for tier in memory.older[:1]]
-        return {"chosen_tokens_least": min(kept), "chosen_tokens_most": max(kept)} if kept else {}
+        older = [memory.older for memory in run.all_memories() if memory.older]
+        kept = [tiers[0].count for tiers in older]
+        host = sum(getattr(tier, "host_bytes", 0) for tiers in older for tier in tiers)
+        found = {"chosen_tokens_least": min(kept), "chosen_tokens_most": max(kept)} if kept else {}
+        return found | ({"host_bytes": host} if host else {})
 
     def why_idle(self, run: "Run") -> str:
         return f"the video never outgrew budget={self.budget!r}: generate more frames or keep fewer"

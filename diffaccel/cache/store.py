@@ -61,6 +61,10 @@ class Store(Protocol):
         """The vectors of some places (n, ...) of a row as attention reads them, (1, n, H, D)."""
         ...
 
+    def every(self, parts: Sequence[Tensor], count: int) -> Tensor:
+        """The first `count` vectors of all rows as attention reads them, (R, count, H, D)."""
+        ...
+
 
 class Plain:
     """Vectors in the model's dtype; what is opened is a view. Each head has `spare` channels behind its own."""
@@ -114,18 +118,22 @@ class Plain:
             pool_written_out(self, joined)
 
     def opened(self, parts: Sequence[Tensor], row: int) -> Tensor:
-        return parts[0][None].unflatten(2, (self.shape[0], -1))[..., : self.shape[1]]
+        return self.every([parts[0][None]], len(parts[0]))
+
+    def every(self, parts: Sequence[Tensor], count: int) -> Tensor:
+        return parts[0][:, :count].unflatten(2, (self.shape[0], -1))[..., : self.shape[1]]
 
 
 class Quantised:
     """Vectors in 8, 4 or 2 bits a number, with a lowest value and a step for each head of each vector.
 
     Keys have channels far larger than the rest, which would take all steps for themselves (KIVI, arXiv 2402.02750,
-    section 3): with `channels` every channel is first divided by its size in the vectors shown at the start. A vector
-    that is read and written back unchanged keeps its code.
+    section 3): every channel is first divided by its size in the vectors shown at the start, to the power `channels`:
+    1 for keys, 0 to leave it out, 1/2 for the values of ZipCache (arXiv 2405.14256, section 4.1). A vector that is read
+    and written back unchanged keeps its code.
     """
 
-    def __init__(self, like_RTHD: Tensor, capacity: int, bits: int, channels: bool) -> None:
+    def __init__(self, like_RTHD: Tensor, capacity: int, bits: int, channels: float) -> None:
         rows, _, heads, dim = like_RTHD.shape
         self._shape, self._dtype, self.bits = (heads, dim), like_RTHD.dtype, bits
         device = like_RTHD.device
@@ -134,7 +142,8 @@ class Quantised:
         self.parts = [codes, ranges]
         self._size = torch.ones(rows, 1, 1, 1, device=device)
         if channels:
-            self._size = like_RTHD.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
+            size = like_RTHD.float().abs().amax(dim=1, keepdim=True)
+            self._size = size.masked_fill(size == 0, 1.0).clamp(min=1e-6) ** channels
 
     @property
     def _codes(self) -> Tensor:
@@ -196,6 +205,20 @@ class Quantised:
             return found.unflatten(1, self._shape)[None]
         return self._open(codes, ranges, self._size[row])[None].to(self._dtype)
 
+    def every(self, parts: Sequence[Tensor], count: int) -> Tensor:
+        codes, ranges = parts
+        rows, capacity = codes.shape[:2]
+        if codes.is_cuda and HAS_TRITON:
+            from ..kernel.fused_rows import opened
+
+            where = torch.arange(rows, device=codes.device)[:, None] * capacity
+            where = (where + torch.arange(count, device=codes.device)).flatten()
+            found = opened(codes, ranges, self._size, where, self.bits, self._dtype)
+        else:
+            size = self._size.repeat_interleave(count, 0)[:, 0]
+            found = self._open(codes[:, :count].flatten(0, 1), ranges[:, :count].flatten(0, 1), size).to(self._dtype)
+        return found.view(rows, count, *self._shape)
+
     def _open(self, codes: Tensor, ranges: Tensor, size: Tensor) -> Tensor:
         """Codes (n, H * D * bits / 8) as numbers (n, H, D) fp32."""
         each, mask = 8 // self.bits, 2**self.bits - 1
@@ -204,7 +227,7 @@ class Quantised:
         return (ranges[..., :1].float() + numbers * ranges[..., 1:].float()) * size
 
 
-def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: bool = False, spare: int = 0) -> Store:
+def make_store(like_RTHD: Tensor, capacity: int, bits: int | None, channels: float = 0, spare: int = 0) -> Store:
     """A store for vectors like these; `bits=None` keeps them as they are, with `spare` channels a head."""
     if bits is None:
         return Plain(like_RTHD, capacity, spare)

@@ -50,6 +50,11 @@ def over_entries(
     return grouped(kernel, q, entries, scale)
 
 
+def read_plainly(q: Tensor, entries: "Entries") -> Partial:
+    """By the reference kernel and outside of any call, for what looks at a cache; scaled by the channels of `q`."""
+    return over_entries(reference, q, entries, q.shape[-1] ** -0.5, None)
+
+
 def in_one(q: Tensor, entries: "Entries", scale: float) -> bool:
     """Whether entries of several multiplicities are read in one launch, as they lie."""
     several = entries.multiplicity is not None and len(entries.multiplicity) > 1
