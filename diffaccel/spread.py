@@ -155,10 +155,13 @@ def _sees_a_share(accel: "Accel") -> str | None:
         return "entries are shared by all heads: set cache.heads='per_head'"
     if getattr(accel.cache, "variant", "phase") == "paper":
         return "keys are turned back by tables of which each has a share: set cache.variant='phase'"
-    if getattr(accel.reuse, "profile", None) is not None:
-        return "a profile tells heads apart by their number in the whole model: leave reuse.profile out"
+    for slot in ("cache", "reuse"):
+        if getattr(getattr(accel, slot), "profile", None) is not None:
+            return f"a profile tells heads apart by their number in the whole model: leave {slot}.profile out"
     if accel.prompt is not None and type(accel.prompt).near is not PromptPolicy.near:
         return f"{type(accel.prompt).__name__} chooses by all queries: leave it out"
     if getattr(accel.selection, "groups", "") == "prompt":
         return "selection.groups='prompt' goes by all queries: take 'kmeans'"
+    if why := getattr(accel.selection, "across_heads", ""):
+        return f"{why}, of which each has a share: take selection=AnnSA"
     return None

@@ -16,7 +16,7 @@ from test_graphed import launching
 from test_policies import PROMPTS
 from tiny import tiny_components, tiny_pipeline, tiny_transformer
 
-from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, PadCollapse, SinkRecent, TempCache
+from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, PadCollapse, SinkRecent, TempCache, TokenSelect
 from diffaccel.errors import UnsupportedError
 from diffaccel.joint import Text
 from diffaccel.pipelines import FreeSwimPipeline, graphed, share_heads
@@ -231,6 +231,7 @@ def shared(**changes):
         (Accel(cache=TempCache(0.9, variant="paper", heads="per_head")), "set cache.variant='phase'"),
         (Accel(prompt=AnnCA()), "AnnCA chooses by all queries"),
         (Accel(selection=AnnSA(0.5, groups="prompt")), "groups='prompt' goes by all queries"),
+        (Accel(selection=TokenSelect()), "all heads vote together, of which each has a share"),
     ],
 )
 def test_what_would_see_a_share_is_refused(accel, message):

@@ -1,6 +1,5 @@
 """HeadShard: every head reads another share of the past (S2-Attention, arXiv 2407.17678)."""
 
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from math import ceil
 from typing import ClassVar
@@ -8,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..policy import Policy, knob
+from ..policy import knob
 from .asked import Asked
 from .ranked import Ranked
 
@@ -29,16 +28,11 @@ class HeadShard(Ranked):
     paper: ClassVar[str] = "S2-Attention, arXiv 2407.17678"
     summary: ClassVar[str] = "lets every head read the newest frames and another share of the older ones"
     needs_blocks: ClassVar[bool] = True
+    across_heads: ClassVar[str] = "a head's share goes by its number"
 
     unit: str = knob("frame", "what a head strides over", choices=("frame", "block"))
     _: KW_ONLY
     recent_frames: int = knob(3, "newest latent frames of the past that every query reads")
-
-    def conflict(self, others: Iterable[Policy]) -> str | None:
-        others = tuple(others)
-        if any(other.slot == "reuse" and getattr(other, "profile", None) is not None for other in others):
-            return "a head's share goes by its number, and reuse with a profile asks for some heads apart: give refresh"
-        return super().conflict(others)
 
     def rank(self, asked: Asked) -> Tensor:
         """(1, H, 1, KB)."""

@@ -1,22 +1,19 @@
 """HiP: a search down a tree of keys that touches few of them (arXiv 2406.09827)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..policy import Policy, knob
+from ..policy import knob
 from ..site import Site
 from .asked import Asked
-from .places import keeps_frames, nearby
+from .places import nearby
 from .ranked import Ranked
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..backbone import Geometry
     from ..cache.entries import Entries
 
 
@@ -47,18 +44,8 @@ class HiP(Ranked):
         choices=("curve", "raster"),
     )
 
-    def conflict(self, others: Iterable[Policy]) -> str | None:
-        others = tuple(others)
-        for other in others:
-            if self.order == "curve" and other.slot == "cache" and not keeps_frames(other):
-                name = type(other).__name__
-                return f"order='curve' needs whole frames, and {name} keeps parts: use order='raster', or no cache"
-        return super().conflict(others)
-
-    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
-        if self.order == "curve" and any(geometry.coarse_past for geometry, _ in models):
-            return "order='curve' needs frames of one size, and its older ones are smaller: use order='raster'"
-        return super().refuses_model(models)
+    def whole_frames(self) -> str:
+        return "order='curve' goes by places in whole frames (order='raster' does not)" if self.order == "curve" else ""
 
     def rank(self, asked: Asked) -> Tensor:
         """1 for the blocks that the search ends at, (B, H, QB, KB)."""

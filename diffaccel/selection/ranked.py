@@ -1,7 +1,7 @@
 """The skeleton of selectors that let blocks of near queries read blocks of keys: order x rank x lists."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,8 +14,12 @@ from ..policy import Policy, Selector, knob
 from ..site import Site
 from .asked import Asked
 from .blocks import Chosen, KeyBlocks, block_for
+from .places import keeps_frames
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..backbone import Geometry
     from ..cache.entries import Entries
     from ..run import Run
 
@@ -31,6 +35,8 @@ class Choosing(Selector):
     """
 
     slot: ClassVar[str] = "selection"
+    across_heads: ClassVar[str] = ""
+    """Why heads of a layer cannot be asked apart, where they cannot."""
 
     _: KW_ONLY
     summaries: bool = knob(True, "read the mean of a block in place of a block that is not read")
@@ -84,6 +90,10 @@ class Choosing(Selector):
         """The same of queries (B, S, H, D), as (B, H, S)."""
         return None
 
+    def whole_frames(self) -> str:
+        """Why it can only read whole frames, the same in all layers; "": it reads any entries."""
+        return ""
+
     def stands(self, keys: KeyBlocks, q: Tensor, site: Site) -> bool:
         """Whether what was chosen last is read again."""
         if self.refresh == "step" or keys.chosen_at is None:
@@ -99,6 +109,16 @@ class Choosing(Selector):
                 return "which keys are near is found among all of them: leave the window out, or lower density instead"
             if other.slot == "cache" and (isinstance(other, HostCache) or getattr(other, "hold", "device") == "host"):
                 return "it keeps a sorted copy of the past on the device, which the cache is to keep out of there"
+            if self.whole_frames() and other.slot == "cache" and not keeps_frames(other):
+                name = type(other).__name__
+                return f"{self.whole_frames()}, and {name} keeps parts of frames: use SinkRecent, or no cache"
+            if self.across_heads and other.slot == "reuse" and getattr(other, "profile", None) is not None:
+                return f"{self.across_heads}, and reuse with a profile asks for some heads apart: give refresh"
+        return None
+
+    def refuses_model(self, models: "Sequence[tuple[Geometry, nn.Module]]") -> str | None:
+        if self.whole_frames() and any(geometry.coarse_past for geometry, _ in models):
+            return f"{self.whole_frames()}, and its older frames have fewer tokens: use AnnSA"
         return None
 
     def apart(self, site: Site) -> bool:

@@ -1,16 +1,14 @@
 """SpAttenCascade: keys that a layer drops stay dropped in the layers behind it (SpAtten, arXiv 2012.09852)."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..policy import Policy, knob
+from ..policy import knob
 from ..site import Site
 from .asked import Asked
-from .places import keeps_frames
 from .ranked import Ranked
 
 
@@ -34,6 +32,7 @@ class SpAttenCascade(Ranked):
     """
 
     paper: ClassVar[str] = "SpAtten, arXiv 2012.09852"
+    across_heads: ClassVar[str] = "all heads drop the same keys"
     summary: ClassVar[str] = "drops keys by attention summed over layers; later layers do without what one dropped"
 
     drop: float = knob(0.15, "share of the keys still there that a layer drops, in (0, 1)")
@@ -42,15 +41,8 @@ class SpAttenCascade(Ranked):
         super().__post_init__()
         self.require(0 < self.drop < 1, "drop is a share in (0, 1)", drop=self.drop)
 
-    def conflict(self, others: Iterable[Policy]) -> str | None:
-        others = tuple(others)
-        for other in others:
-            if other.slot == "cache" and not keeps_frames(other):
-                name = type(other).__name__
-                return f"layers go by the same tokens, and {name} keeps others in each: use SinkRecent, or no cache"
-            if other.slot == "reuse" and getattr(other, "profile", None) is not None:
-                return "all heads drop the same, and reuse with a profile asks for some heads apart: give refresh"
-        return super().conflict(others)
+    def whole_frames(self) -> str:
+        return "layers go by the same tokens"
 
     def take(self, keys: int, free: int, blocks: int, site: Site) -> int:
         left = round(blocks * (1 - self.drop) ** (site.layer + 1))

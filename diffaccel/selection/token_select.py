@@ -33,6 +33,7 @@ class TokenSelect(Ranked):
     """
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
+    across_heads: ClassVar[str] = "all heads vote together"
     summary: ClassVar[str] = "lets all heads read the same keys, those that their summed votes are for"
 
     _: KW_ONLY
