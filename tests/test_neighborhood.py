@@ -23,6 +23,8 @@ from diffaccel import (
 from diffaccel.kernel import KERNELS, merge
 from diffaccel.kernel.boxes import Dilated, over_boxes
 from diffaccel.kernel.reference import partial
+from diffaccel.pipelines import CausalWanPipeline
+from diffaccel.pipelines.loading import bundled_model
 from diffaccel.window.spans import spans, strided
 from diffaccel.window.tiles import count_tiles
 
@@ -204,3 +206,23 @@ def test_a_stride_that_fits_the_tiles_fills_them():
     assert sliding.bound < 0.7 * fitting.bound
     blocks = count(24)
     assert blocks.visited == blocks.full
+
+
+def test_on_the_bundled_model_a_stride_of_one_makes_the_same_video_as_inward_window():
+    pipe = CausalWanPipeline.from_pretrained(bundled_model())
+    size = {"height": 128, "width": 128, "num_frames": 21, "num_inference_steps": 2, "output_type": "latent"}
+
+    def make(window):
+        with Accel(window=window)(pipe) as run:
+            seed = torch.Generator().manual_seed(1)
+            latents = pipe("a small green square moves up over gray", generator=seed, guidance_scale=1.0, **size).frames
+        return latents, run.report().slots["window"]
+
+    (sliding, counts), (inward, theirs) = (
+        make(NeighborhoodAttention((0, 5, 5), (1, 1, 1))),
+        make(InwardWindow((5, 5), ratio=1)),
+    )
+    assert torch.equal(sliding, inward)
+    assert counts.keys_read == theirs.keys_read == pytest.approx(25 / 64 * counts.keys_total)
+    strided, _ = make(NeighborhoodAttention((0, 5, 5), (1, 5, 5)))
+    assert not torch.equal(strided, sliding)

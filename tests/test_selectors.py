@@ -35,6 +35,8 @@ from diffaccel.cache import Entries, Memory
 from diffaccel.cache.look import probes
 from diffaccel.kernel import KERNELS, merge
 from diffaccel.kernel.block_sparse import BlockLists
+from diffaccel.pipelines import CausalWanPipeline
+from diffaccel.pipelines.loading import bundled_model
 from diffaccel.selection.asked import Asked
 from diffaccel.selection.blocks import KeyBlocks, over_blocks
 from diffaccel.selection.hip import search
@@ -581,3 +583,32 @@ def test_blocks_keep_what_is_kept_when_they_are_made_anew():
     first = KeyBlocks("place", 8)
     first.kept["what"] = 1
     assert KeyBlocks("place", 16, first).kept is first.kept
+
+
+# -- on the bundled model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    pipe = CausalWanPipeline.from_pretrained(bundled_model())
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 128, "width": 128, "num_frames": 37, "num_inference_steps": 2, "output_type": "latent"}
+
+    def generate(**accel):
+        with Accel(**accel)(pipe) as run:
+            seed = torch.Generator().manual_seed(1)
+            latents = pipe("a small green square moves up over gray", generator=seed, guidance_scale=1.0, **size).frames
+        return latents, run.report()
+
+    return generate, generate()[0]
+
+
+@each
+def test_on_a_trained_model_they_choose_and_stay_near_dense(bundled, kind):
+    generate, dense = bundled
+    knobs = {HeadShard: {"recent_frames": 1}, SpAttenCascade: {"drop": 0.15}}.get(kind, {})
+    found, report = generate(selection=make(kind, summaries=True, dense_steps=0, min_past=1, **knobs))
+    slot = report.slots["selection"]
+    assert slot.engaged
+    assert slot.keys_read < 0.97 * slot.keys_total
+    assert 1e-4 < (found - dense).norm() / dense.norm() < 0.3
