@@ -519,6 +519,7 @@ def test_the_mass_outside_is_exact_and_heads_go_by_it():
 def test_a_router_that_lets_all_heads_read_everything_changes_nothing():
     q, entries = smooth()
     assert make(MassRouter, outside=0.01).plan(q, entries, site()) is None
+    assert make(MassRouter).why_idle(SimpleNamespace(steps=4)).endswith("raise outside")
     narrow = make(MassRouter, outside=1.0).plan(q, entries, site())
     assert narrow.keys_read == 4 * GRID.tokens_per_frame
 

@@ -1,7 +1,7 @@
 """MassRouter: heads that look outside a window read everything, the others the window (Flux, arXiv 2604.07394)."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from ..cache.look import probes
 from ..policy import knob
 from .asked import Asked
 from .ranked import Choosing
+
+if TYPE_CHECKING:
+    from ..run import Run
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class MassRouter(Choosing):
         inside = q @ window.float().mT
         inside = (inside if weight is None else inside + weight[:, :, None]).logsumexp(-1)
         return torch.sigmoid(outside - inside).mean(2)
+
+    def why_idle(self, run: "Run") -> str:
+        return f"{super().why_idle(run)}; or every head looked outside of the window so much: raise outside"
 
     def _what_leaves_some(self) -> str:
         return f"outside={self.outside}"
