@@ -10,21 +10,29 @@ with Accel(selection=AnnSA(0.3, profile="annsa.json"))(pipe):
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import backbone, kernel
 from .accel import Accel
+from .cache.calibrated import Calibrated
+from .cache.compress_kv import CompressKV
+from .cache.duo_attention import DuoAttention
+from .cache.look import Look
+from .cache.memory import Memory
+from .cache.razor_attention import RazorAttention
+from .cache.scored import Scored
+from .cache.tri_attention import TriAttention
 from .errors import KnobError, NotEngagedError, UnsupportedError
+from .gates import GateLearner
 from .kernel import Partial, merge
 from .policy import Answer, ReusePolicy, Selector
-from .profile import Model, Profile
+from .profile import Axes, Model, Profile, Tables
 from .reuse.flashblock import TABLES, FlashBlock
 from .selection.annsa import AnnSA
 from .selection.recall import mass_read
@@ -34,10 +42,11 @@ if TYPE_CHECKING:
     from .run import Run
     from .site import Site
 
-Axes = dict[str, tuple[float, ...]]
-Tables = dict[str, NDArray[np.float64]]
-
-METHODS: dict[str, type[AnnSA] | type[FlashBlock]] = {"annsa": AnnSA, "flashblock": FlashBlock}
+Method = AnnSA | FlashBlock | Calibrated
+METHODS: dict[str, type[Method]] = {
+    method.__name__.lower(): method
+    for method in (AnnSA, FlashBlock, TriAttention, RazorAttention, DuoAttention, CompressKV)
+}
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 PROMPTS = (
     "a large red circle moves left over a teal checkerboard",
@@ -56,7 +65,7 @@ _CALIBRATED = {  # knobs that calibration is there to tell of
 
 def calibrate(
     pipe: Any,
-    policy: AnnSA | FlashBlock | None = None,
+    policy: Method | None = None,
     *,
     prompts: Sequence[str],
     width: int,
@@ -73,7 +82,8 @@ def calibrate(
     and videos of a step, layer and head. For AnnSA: the share of the attention mass that it reads at several densities,
     wherever it would choose; that holds a sorted copy of the past for each density. For FlashBlock: how far attention
     to the outside moved since each of the last `GAPS` steps, as the mean cosine of outputs, the mean distance of
-    log-sum-exps, and the error of the whole output if it were reused, root mean square, over the layer's own.
+    log-sum-exps, and the error of the whole output if it were reused, root mean square, over the layer's own. For
+    caches: what they say of themselves, over probes of the clean passes; for DuoAttention gates are learned instead.
 
     Args:
         policy: the method with the knobs it will run with; those that the profile is to tell stay at their defaults.
@@ -95,8 +105,12 @@ def calibrate(
             f"a profile is of one denoiser, and {type(pipe).__name__} has {len(denoisers)}: "
             "name the layers (selection.layers) or steps (reuse.refresh) instead"
         )
-    recorder: Recorder | DriftRecorder
-    if isinstance(policy, AnnSA):
+    recorder: Recorder | DriftRecorder | LookRecorder | GateLearner
+    if isinstance(policy, DuoAttention):
+        recorder = GateLearner(policy=policy)
+    elif isinstance(policy, Calibrated):
+        recorder = LookRecorder(policy=policy, probes=policy.probes)
+    elif isinstance(policy, AnnSA):
         recorder = Recorder(tuple(replace(policy, density=density) for density in sorted(set(densities))))
     else:
         recorder = DriftRecorder(policy)
@@ -106,7 +120,9 @@ def calibrate(
             if on_prompt is not None:
                 on_prompt(number)
             generator = torch.Generator().manual_seed(seed)
-            pipe(prompt=prompt, **size, **arguments, generator=generator, output_type="latent")
+            learner = recorder if isinstance(recorder, GateLearner) else None
+            with learner.listening(denoisers[0]) if learner else nullcontext():
+                pipe(prompt=prompt, **size, **arguments, generator=generator, output_type="latent")
             reason = recorder.idle(run)
             if reason:
                 raise NotEngagedError(f"nothing could be measured{reason}")
@@ -118,18 +134,22 @@ def calibrate(
         model=model,
         shape={"width": width, "height": height, "frames": num_frames, "steps": run.steps},
         prompts=len(prompts),
-        knobs={name: value for name, value in policy.values().items() if name not in _CALIBRATED[method]},
+        knobs={name: value for name, value in policy.values().items() if name not in _varied(policy)},
         versions=versions,
         axes=axes,
         tables=tables,
     )
 
 
-def check(policy: AnnSA | FlashBlock, densities: Sequence[float]) -> None:
+def _varied(policy: Method) -> tuple[str, ...]:
+    return ("profile",) if isinstance(policy, Calibrated) else _CALIBRATED[type(policy).__name__]
+
+
+def check(policy: Method, densities: Sequence[float]) -> None:
     """Refuse what cannot be calibrated with `KnobError`."""
     if not densities or not all(0 < density < 1 for density in densities):
         raise KnobError(f"densities to measure at are shares in (0, 1), at least one, got {list(densities)}")
-    for name in _CALIBRATED[type(policy).__name__]:
+    for name in _varied(policy):
         if getattr(policy, name) != policy.defaults()[name]:
             raise KnobError(
                 f"calibration measures every layer, step and head, got {name}={getattr(policy, name)!r}: "
@@ -137,16 +157,23 @@ def check(policy: AnnSA | FlashBlock, densities: Sequence[float]) -> None:
             )
 
 
-def frames_wanted(pipe: Any, policy: AnnSA | FlashBlock, usual: int) -> int:
-    """Pixel frames to calibrate with: as many as usual, or more, so that three blocks have a past of `min_past`."""
+def frames_wanted(pipe: Any, policy: Method, usual: int) -> int:
+    """Pixel frames to calibrate with: as many as usual, or more, so that three blocks have a past of `min_past`, or one
+    longer than what a cache always keeps."""
     if not getattr(pipe, "block_causal", False):
         return usual
-    latent = pipe.config.frames_per_block * (ceil(policy.min_past) + 3)
+    kept = policy.sink_frames + policy.recent_frames if isinstance(policy, Calibrated) else 0
+    latent = pipe.config.frames_per_block * (3 + ceil(getattr(policy, "min_past", 1))) + kept
     return max(usual, pipe.vae_scale_factor_temporal * (latent - 1) + 1)
 
 
 def summary(profile: Profile) -> Iterator[str]:
-    """Lines of a table: recall at each density, or drift since each number of steps; means, best and worst."""
+    """Lines of a table: recall at each density, drift since each number of steps (means, best and worst), or what a
+    cache says of its own."""
+    method = METHODS[profile.method.lower()]
+    if issubclass(method, Calibrated):
+        yield from method().lines(profile)
+        return
     if profile.method == "AnnSA":
         yield "density  recall  best layer  worst layer"
         for density, recall in zip(profile.axes["density"], profile.tables["recall"], strict=True):
@@ -209,6 +236,46 @@ class Recorder(Selector):
         means = torch.stack([self.sums[key] / self.counts[key] for key in keys]).cpu().double().numpy()
         axes = {"density": tuple(one.density for one in self.policies), "step": tuple(steps)}
         return axes, {"recall": means.reshape(len(self.policies), len(steps), layers, -1)}
+
+
+@dataclass(frozen=True, eq=False)
+class LookRecorder(Scored):
+    """Keeps everything, and measures at every finished block what `policy` goes by."""
+
+    paper: ClassVar[str] = "none"
+    summary: ClassVar[str] = "keeps everything and measures what a cache goes by"
+    is_exact = True
+
+    policy: Calibrated = field(default_factory=TriAttention)
+    sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (table, layer): (*axes, H)
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    def score(self, look: Look) -> Tensor:
+        raise NotImplementedError  # nothing leaves
+
+    def commit(self, memories: Sequence[Memory], site: "Site", run: "Run") -> None:
+        run.fired("cache")
+        for layer, memory in enumerate(memories):
+            for name, found in self.policy.measure(self.look(layer, memory, site, run, {})).items():
+                self.sums[name, layer] = self.sums[name, layer] + found if (name, layer) in self.sums else found
+                self.counts[name, layer] += 1
+
+    def idle(self, run: "Run") -> str | None:
+        return None if self.counts else ": no block had frames between the first and the newest: generate more frames"
+
+    def means(self, layers: int) -> tuple[Axes, Tables]:
+        """The tables (*axes, layers, heads)."""
+        tables = {
+            name: torch.stack([self.sums[name, layer] / self.counts[name, layer] for layer in range(layers)], -2)
+            for name in self.policy.tables
+        }
+        first = next(iter(tables.values()))
+        axes = {name: tuple(map(float, range(size))) for name, size in zip(self.policy.axes, first.shape, strict=False)}
+        return axes, {name: table.cpu().double().numpy() for name, table in tables.items()}
 
 
 @dataclass(frozen=True, eq=False)

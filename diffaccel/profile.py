@@ -21,6 +21,9 @@ from .report import write_json
 if TYPE_CHECKING:
     from .backbone import Geometry
 
+Axes = dict[str, tuple[float, ...]]
+Tables = dict[str, NDArray[np.float64]]
+
 FORMAT = 1
 SAMPLES = 8
 """Elements of a parameter that go into a fingerprint."""
@@ -87,8 +90,8 @@ class Profile:
     prompts: int
     knobs: dict[str, Any]
     versions: dict[str, str]
-    axes: dict[str, tuple[float, ...]]
-    tables: dict[str, NDArray[np.float64]]
+    axes: Axes
+    tables: Tables
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, numbers rounded to four digits, all or nothing."""

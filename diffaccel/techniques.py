@@ -1,13 +1,18 @@
 """Every technique that ships, in the order in which `diffaccel methods` lists them: the one place they are exported."""
 
 from .cache.cake import CAKE
+from .cache.compress_kv import CompressKV
+from .cache.duo_attention import DuoAttention
 from .cache.h2o import H2O
 from .cache.host import HostCache
 from .cache.lazy_eviction import LazyEviction
+from .cache.razor_attention import RazorAttention
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.snapkv import SnapKV
 from .cache.task_kv import TaskKV
+from .cache.tca_style import TCAStyle
 from .cache.tempcache import TempCache
+from .cache.tri_attention import TriAttention
 from .policy import Policy
 from .prompt.annca import AnnCA
 from .prompt.pad_collapse import PadCollapse
@@ -36,6 +41,11 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     CAKE,
     TaskKV,
     LazyEviction,
+    TriAttention,
+    RazorAttention,
+    DuoAttention,
+    CompressKV,
+    TCAStyle,
     AnnSA,
     TokenSelect,
     HiP,
@@ -59,6 +69,8 @@ __all__ = [
     "H2O",
     "AnnCA",
     "AnnSA",
+    "CompressKV",
+    "DuoAttention",
     "FlashBlock",
     "FrameWindow",
     "FullFieldGuide",
@@ -70,6 +82,7 @@ __all__ = [
     "MassRouter",
     "NeighborhoodAttention",
     "PadCollapse",
+    "RazorAttention",
     "RetrievalAttention",
     "RollingRebased",
     "Routed",
@@ -77,7 +90,9 @@ __all__ = [
     "SnapKV",
     "SpAttenCascade",
     "Sticky",
+    "TCAStyle",
     "TaskKV",
     "TempCache",
     "TokenSelect",
+    "TriAttention",
 ]

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from families import FAMILIES, REFUSED, Family  # noqa: E402
 from matrix import MATRIX  # noqa: E402
+from profiles import fitted  # noqa: E402
 
 from diffaccel import Accel, UnsupportedError  # noqa: E402
 from diffaccel.policy import Policy  # noqa: E402
@@ -44,6 +45,7 @@ def ask(family: Family, technique: type[Policy], dense: torch.Tensor) -> dict[st
         lossy = Accel(**lossy.policies() | {slot: type(policy)(**policy.values() | {"sink_frames": 0})})
         why = "with `sink_frames=0`: the only frame is the first"
     pipe = family.pipe()
+    lossy = fitted(lossy, pipe)
     try:
         with exact(pipe):
             same = family.generate(pipe, **FEW)

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from profiles import profile_of
+
 from diffaccel import (
     CAKE,
     H2O,
     Accel,
     AnnCA,
     AnnSA,
+    CompressKV,
+    DuoAttention,
     FlashBlock,
     FrameWindow,
     FullFieldGuide,
@@ -19,6 +23,7 @@ from diffaccel import (
     MassRouter,
     NeighborhoodAttention,
     PadCollapse,
+    RazorAttention,
     RetrievalAttention,
     RollingRebased,
     Routed,
@@ -27,8 +32,10 @@ from diffaccel import (
     SpAttenCascade,
     Sticky,
     TaskKV,
+    TCAStyle,
     TempCache,
     TokenSelect,
+    TriAttention,
 )
 
 
@@ -76,6 +83,23 @@ MATRIX = [
     Row(Accel(cache=H2O(budget=None)), Accel(cache=H2O("5 frames", recent_frames=2))),
     Row(Accel(cache=LazyEviction(budget=None)), Accel(cache=LazyEviction("5 frames", recent_frames=2, alpha=0.05))),
     Row(Accel(cache=TaskKV(budget=None)), Accel(cache=TaskKV("5 frames", sink_frames=0, least=0, beta=0.6, top=4))),
+    Row(
+        Accel(cache=TriAttention(budget=None)),
+        Accel(cache=TriAttention("5 frames", recent_frames=2, profile=profile_of(TriAttention))),
+    ),
+    Row(
+        Accel(cache=RazorAttention(share=1.0)),
+        Accel(cache=RazorAttention(share=0.5, recent_frames=2, profile=profile_of(RazorAttention))),
+    ),
+    Row(
+        Accel(cache=DuoAttention(share=1.0)),
+        Accel(cache=DuoAttention("5 frames", share=0.25, recent_frames=2, profile=profile_of(DuoAttention))),
+    ),
+    Row(
+        Accel(cache=CompressKV(budget=None)),
+        Accel(cache=CompressKV("5 frames", recent_frames=2, lead=1, profile=profile_of(CompressKV))),
+    ),
+    Row(Accel(cache=TCAStyle(budget=None)), Accel(cache=TCAStyle("5 frames", recent_frames=2, side=2))),
     Row(Accel(cache=CAKE(budget=None)), Accel(cache=CAKE("5 frames", dropped="mean", recent_frames=2))),
     Row(
         Accel(cache=SnapKV(budget=None), reuse=FlashBlock(refresh=1)),

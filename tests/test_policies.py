@@ -9,6 +9,7 @@ from tiny import tiny_pipeline
 
 from diffaccel import Accel, KnobError
 from diffaccel.cache.scored import Scored
+from diffaccel.profile import ProfileError
 from diffaccel.selection.ranked import Choosing, Ranked
 from diffaccel.techniques import TECHNIQUES
 
@@ -246,6 +247,19 @@ BAD = [
     ("TaskKV", {"least": -1}, "least=-1"),
     ("TaskKV", {"top": 0}, "top=0"),
     ("TaskKV", {"pool": 2}, "pool=2"),
+    *[
+        (technique.__name__, {"profile": "none.json"}, "none.json' cannot be read")
+        for technique in TECHNIQUES
+        if technique.needs == "calibration"
+    ],
+    ("TriAttention", {"horizon": 0}, "horizon=0"),
+    ("RazorAttention", {"share": 1.5}, "share=1.5"),
+    ("DuoAttention", {"share": -1}, "share=-1"),
+    ("CompressKV", {"lead": 0}, "lead=0"),
+    ("CompressKV", {"pool": 2}, "pool=2"),
+    ("CompressKV", {"least": 2}, "least=2"),
+    ("CompressKV", {"most": 0.5}, "most=0.5"),
+    ("TCAStyle", {"side": 0}, "side=0"),
     ("SnapKV", {"pool": 2}, "pool is an odd number >= 1, got pool=2"),
     ("CAKE", {"pool": 0}, "pool=0"),
     ("CAKE", {"tau1": 0}, "tau1=0"),
@@ -258,7 +272,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "knobs", "message"), BAD, ids=str)
 def test_bad_knob_is_refused_with_rule_and_value(name, knobs, message):
     technique = {t.__name__: t for t in TECHNIQUES}[name]
-    with pytest.raises(KnobError, match=message):
+    with pytest.raises((KnobError, ProfileError), match=message):
         technique(**knobs)
 
 

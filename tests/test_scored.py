@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import made
 from tiny import tiny_pipeline
 
 from diffaccel import CAKE, Accel, FlashBlock, FrameWindow, Grid, KnobError, NotEngagedError, SinkRecent, SnapKV
@@ -239,7 +240,7 @@ def by_frame(held):
 
 @every
 def test_budget_is_met_and_the_protected_stay(pipe, monkeypatch, technique):
-    policy = technique(budget="6 frames", recent_frames=2, sink_frames=1)
+    policy = made(technique, budget="6 frames", recent_frames=2, sink_frames=1)
     layers = held_at_the_end(pipe, Accel(cache=policy), monkeypatch, rows=2)
     for row in range(2):
         kept = [older[0].counts[row] for older, _ in layers]
@@ -259,7 +260,7 @@ def test_a_budget_that_holds_all_is_dense_within_rounding(pipe, technique):
     generate(pipe, Accel(), **keep)
     dense = last.pop()
     with pytest.raises(NotEngagedError, match="never outgrew"):
-        generate(pipe, Accel(cache=technique("40 frames")), **keep)
+        generate(pipe, Accel(cache=made(technique, "40 frames")), **keep)
     torch.testing.assert_close(last.pop(), dense, atol=1e-4, rtol=0)
 
 
@@ -268,12 +269,12 @@ def test_bad_input_says_the_rule_and_the_values(pipe, technique):
     with pytest.raises(KnobError, match="a budget is a number of tokens"):
         technique(budget="many")
     with pytest.raises(KnobError, match=r"must hold sink_frames .* = 24 tokens"):
-        generate(pipe, Accel(cache=technique(budget=20)))
+        generate(pipe, Accel(cache=made(technique, budget=20)))
     with pytest.raises(KnobError, match="number of latent frames >= 0"):
         technique(recent_frames=-1)
     with pytest.raises(KnobError, match="FrameWindow asks for places"):
-        Accel(cache=technique(), window=FrameWindow(frames=3))
-    Accel(cache=technique(budget=None), window=FrameWindow(frames=3))
+        Accel(cache=technique("9 frames"), window=FrameWindow(frames=3))
+    Accel(cache=technique(**technique.exact), window=FrameWindow(frames=3))
 
 
 def test_flashblock_by_heads_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from math import exp
 import pytest
 import torch
 
-from diffaccel import CAKE, H2O, Grid, LazyEviction, SnapKV, TaskKV
+from diffaccel import CAKE, H2O, Grid, LazyEviction, SnapKV, TaskKV, TCAStyle
 from diffaccel.cache.look import Look
 
 FRAMES, CELLS = 3, 4
@@ -111,9 +111,43 @@ def test_task_kv_lets_far_heads_keep_everything_within_the_budget():
     assert all_fit == ((5, 9, 9, 9),)
 
 
-@pytest.mark.parametrize("policy", [SnapKV(), CAKE(), TaskKV()], ids=lambda policy: type(policy).__name__)
+POLICIES = [SnapKV(), CAKE(), TaskKV(), TCAStyle(side=2)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_scores_do_not_depend_on_other_heads(policy):
     both, alone = look(heads=2), look(heads=2)
     alone.__dict__.update(q=both.q[:, :, :1], k=both.k[:, :, :1], v=both.v[:, :, :1], there=both.there[:, :1])
     alone.__dict__["columns"] = {name: column[:, :1] for name, column in both.columns.items()}
     torch.testing.assert_close(policy.score(both)[:, :1], policy.score(alone))
+
+
+def test_tca_style_budgets_are_what_attention_is_spread_over():
+    policy, one = TCAStyle(side=2), look(tokens=12, heads=1)
+    mass = torch.tensor([[[0.4, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.15, 0.05, 0.0, 0.0]]])
+    assert policy.budgets(one, mass)[0, 0].tolist() == [1] * 4 + [4] * 4 + [2] * 4
+    assert policy.rank(one, mass)[0, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_tca_style_blocks_are_squares_of_one_frame_and_ranks_within_them():
+    policy, one = TCAStyle(side=2), look(tokens=48, heads=2)
+    one.__dict__["grid"] = Grid(2, 4, 6)
+    block, count = policy._block(one)
+    mass = one.p.mean(2)
+    ranks, budgets = policy.rank(one, mass), policy.budgets(one, mass)
+    assert count == 12
+    for number in range(12):
+        places = [at for at in range(48) if (at // 24 * 2 + at % 24 // 6 // 2) * 3 + at % 6 // 2 == number]
+        assert (block[0, 0] == number).nonzero().flatten().tolist() == places
+        for head in range(2):
+            some = mass[0, head, places]
+            assert ranks[0, head, places].tolist() == some.argsort(descending=True).argsort().tolist()
+            share = some / some.sum()
+            assert float(-(share * share.log()).sum().exp()) <= budgets[0, head, places[0]]
+
+
+def test_tca_style_takes_those_within_budget_first():
+    policy, one = TCAStyle(side=2), look(tokens=12, heads=1)
+    one.__dict__["p"] = torch.tensor([[[[0.5, 0.0004, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0996, 0.0, 0.0, 0.0]]]])
+    first = policy.score(one)[0, 0].argsort(descending=True)[:7].tolist()
+    assert sorted(first) == [0, 1, 4, 5, 6, 7, 8]  # 0.0004 of attention beside 0.5 is little, and not nothing

@@ -1,5 +1,6 @@
 """What a policy sees of one layer when a block is finished: everything kept, and how some queries read it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,8 @@ class Look:
     beside: Tensor | None  # (B, n, H): log-sum-exp of the probes over what is held in other forms
     grid: Grid  # of the block
     start: int  # its first latent frame
+    rotary: tuple[Tensor, Tensor] | None = None  # its tables (1, S, 1, D), where the model's family gives them
+    later: Callable[[Tensor, int], Tensor] | None = None  # rotated vectors (B, N, H, D), some frames later
 
     @property
     def token(self) -> Tensor:

@@ -32,3 +32,19 @@ def share_out(shares_LBH: Tensor, available: Sequence[Counts], capacity: int) ->
             full |= over
         found[:, row] = torch.where(full, room, (wanted + 1e-9).floor())
     return [tuple(tuple(int(n) for n in row) for row in layer) for layer in found.tolist()]
+
+
+def whole_first(available: Sequence[int], first: Sequence[int], budget: int) -> list[int]:
+    """Entries of each head, `budget` in all: the heads that come `first` keep all they have as long as that fits, one
+    after the other, and the others get equal numbers of the rest."""
+    whole: list[int] = []
+    for head in first:
+        if available[head] <= budget:
+            whole.append(head)
+            budget -= available[head]
+    kept = [count if head in whole else 0 for head, count in enumerate(available)]
+    others = sorted({*range(len(available))} - {*whole}, key=lambda head: available[head])
+    for number, head in enumerate(others):
+        kept[head] = min(available[head], budget // (len(others) - number))
+        budget -= kept[head]
+    return kept

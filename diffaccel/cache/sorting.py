@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..kernel import KERNELS
-from ..kernel.weighted import over_entries
+from ..kernel.weighted import read_plainly
 from ..policy import CachePolicy, Policy
 from ..site import Site
 from .budget import Extent
@@ -103,7 +102,7 @@ class Sorting(CachePolicy):
         notes = run.scratch("cache", site.branch)  # of each layer, the columns of what lies in the exact tier
         pools, shares = [], []
         for layer, memory in enumerate(memories):
-            look = self._look(layer, memory, site, notes.get(str(layer), {}))
+            look = self.look(layer, memory, site, run, notes.get(str(layer), {}))
             look.columns.update(self.observe(look))
             pool = slice(sink, sink + look.k.shape[1] - memory.exact.count + leaving)
             notes[str(layer)] = {
@@ -149,7 +148,7 @@ class Sorting(CachePolicy):
                 memory.older[1].take(gone, per_frame)  # type: ignore[attr-defined]
             memory.exact.drop(leaving.start, leaving.stop)
 
-    def _look(self, layer: int, memory: Memory, site: Site, noted: dict[str, Tensor]) -> Look:
+    def look(self, layer: int, memory: Memory, site: Site, run: "Run", noted: dict[str, Tensor]) -> Look:
         """All that is kept, in the order of time: sink, tokens that were chosen, newest frames with the block."""
         past, sink = memory.exact.past().entries, self.sink_frames * site.grid.tokens_per_frame
         assert past.frames is not None
@@ -166,9 +165,20 @@ class Sorting(CachePolicy):
         held = exact if kept is None else exact.part(0, sink).then(kept).then(exact.part(sink, count))
         beside = None
         if len(memory.older) > 1 and memory.older[1].count:
-            scale, kernel = memory.queries.shape[-1] ** -0.5, KERNELS["reference"]
-            beside = memory.older[1].partial(memory.queries, lambda q, e: over_entries(kernel, q, e, scale, None)).lse
-        return Look(layer, memory.queries, held.k, held.v, held.columns, held.there, beside, site.grid, site.start)
+            beside = memory.older[1].partial(memory.queries, read_plainly).lse
+        return Look(
+            layer,
+            memory.queries,
+            held.k,
+            held.v,
+            held.columns,
+            held.there,
+            beside,
+            site.grid,
+            site.start,
+            run.rotary,
+            run.later,
+        )
 
 
 def _kept(memory: Memory) -> ByHead:

@@ -11,6 +11,7 @@ from ..policy import knob
 from .look import Look
 from .ragged import Counts
 from .scored import Scored
+from .share_out import whole_first
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,10 @@ class TaskKV(Scored):
             most = round(heads * self.beta + (self.least - heads * self.beta) * depth)
             alike = (1000 * distance / distance.amax(1, keepdim=True)).round()  # of two heads rounding decides nothing
             ranked = alike.argsort(dim=1, descending=True, stable=True).tolist()
-            found.append(tuple(_row(row, order, most, capacity) for row, order in zip(counts, ranked, strict=True)))
+            found.append(
+                tuple(
+                    tuple(whole_first(row, order[:most], capacity * heads))
+                    for row, order in zip(counts, ranked, strict=True)
+                )
+            )
         return found
-
-
-def _row(available: tuple[int, ...], order: list[int], most: int, capacity: int) -> tuple[int, ...]:
-    """Of one layer and row: `most` heads, in `order`, keep all they have as long as the budget holds that."""
-    budget, kept = capacity * len(available), [0] * len(available)
-    whole: list[int] = []
-    for head in order[:most]:
-        if sum(available[other] for other in (*whole, head)) <= budget:
-            whole.append(head)
-    left = budget - sum(available[head] for head in whole)
-    others = [head for head in range(len(available)) if head not in whole]
-    for head in whole:
-        kept[head] = available[head]
-    for number, head in enumerate(sorted(others, key=lambda head: available[head])):
-        kept[head] = min(available[head], left // (len(others) - number))
-        left -= kept[head]
-    return tuple(kept)

@@ -218,7 +218,9 @@ def calibrate(
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the profile  [default: METHOD.json]")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
-    method: Annotated[str, typer.Option(help="what the profile is for: annsa or flashblock")] = "annsa",
+    method: Annotated[
+        str, typer.Option(help="annsa, flashblock, triattention, razorattention, duoattention or compresskv")
+    ] = "annsa",
     model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
     frames: Annotated[
         int | None, typer.Option(help="pixel frames, 1 + 4k  [default: the model's, or what min_past takes]")
@@ -233,12 +235,14 @@ def calibrate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")] = None,
 ) -> None:
-    """Measure where a method serves a model best, for --set selection.profile=FILE or --set reuse.profile=FILE.
+    """Measure where a method serves a model best, for --set SLOT.profile=FILE.
 
     Makes a dense video of each prompt and writes, for every step, layer and head, the recall of attention mass at every
-    density (annsa), or how far attention to the outside moved since earlier steps (flashblock).
+    density (annsa), or how far attention to the outside moved since earlier steps (flashblock). For caches: what their
+    heads do in clean passes, of every layer and head.
     """
     with one_sentence():
+        from ..accel import Accel
         from ..calibrate import METHODS, PROMPTS, check, frames_wanted, summary
         from ..calibrate import calibrate as measure
 
@@ -267,7 +271,9 @@ def calibrate(
             "guidance_scale": given.guidance_scale,
         }
         arguments = {name: value for name, value in wanted.items() if value is not None}
-        check_arguments(pipe, accel, arguments, texts)
+        exact = kind.exact if kind.needs == "calibration" else {}  # what needs a profile has none yet
+        fits = Accel(**{kind.slot: dataclasses.replace(policy, **exact)})
+        check_arguments(pipe, fits, arguments, texts)
         with progress_bar(texts[0]) as show:
             profile = measure(
                 pipe,
