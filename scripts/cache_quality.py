@@ -5,6 +5,7 @@
     python scripts/cache_quality.py --out out/selection --suite selection --frames 161 --returns 0
     python scripts/cache_quality.py --out out/reuse --suite reuse --frames 161 --returns 0    # calibrates first
     python scripts/cache_quality.py --out out/policies --suite policies    # every scored cache at equal memory
+    python scripts/cache_quality.py --out out/selectors --suite selectors  # every selector at equal density
 
 Every arm starts from the same noise. PSNR and SSIM of its frames against the dense ones, the first block left out: with
 shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import policy_arms
+import selector_arms
 import torch
 from tiny_world.metrics import memory_scenes, remembers
 from tiny_world.prompts import describe
@@ -92,11 +94,7 @@ class Arm:
 
 def arms(frames: int) -> list[Arm]:
     """Every arm, for a video of so many latent frames."""
-    found = [
-        Arm("dense", Accel(), returns=True),
-        Arm("noise floor (split kernel)", Accel(kernel="split")),
-        Arm("another seed", Accel(), seed=1000),
-    ]
+    found = controls()
     for percent in (25, 50, 35, 15, 10):
         held = round(frames * percent / 100)
         if held < SINK + 2 * BLOCK:
@@ -148,11 +146,7 @@ def arms(frames: int) -> list[Arm]:
 
 def selections() -> list[Arm]:
     """Arms of `--suite selection`: what is read at densities, how tokens are grouped, what means are worth."""
-    found = [
-        Arm("dense", Accel()),
-        Arm("noise floor (split kernel)", Accel(kernel="split")),
-        Arm("another seed", Accel(), seed=1000),
-    ]
+    found = controls()
     for density in (0.1, 0.2, 0.3, 0.5):
         for groups in ("kmeans", "hash", "prompt", "place"):
             for summaries in (True, False):
@@ -186,11 +180,7 @@ class OnlyOneBlock(FlashBlock):
 
 def reuses(profile: Path) -> list[Arm]:
     """Arms of `--suite reuse`: fixed steps, least drift, the paper's thresholds, what a selection leaves."""
-    found = [
-        Arm("dense", Accel()),
-        Arm("noise floor (split kernel)", Accel(kernel="split")),
-        Arm("another seed", Accel(), seed=1000),
-    ]
+    found = controls()
     for share, steps in ((0.5, (0, 2, 4, 6)), (0.375, (0, 3, 6)), (0.25, (0, 5)), (0.125, (0,))):
         found.append(Arm(f"{share}: steps {', '.join(map(str, steps))}", Accel(reuse=FlashBlock(refresh=steps))))
         if share > 0.125:
@@ -233,15 +223,19 @@ def calibrated(options: argparse.Namespace) -> Path:
     return path
 
 
-def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
-    """Arms of `--suite policies`."""
-    found = [
+def controls() -> list[Arm]:
+    """What every table begins with."""
+    return [
         Arm("dense", Accel(), returns=True),
         Arm("noise floor (split kernel)", Accel(kernel="split")),
         Arm("another seed", Accel(), seed=1000),
     ]
+
+
+def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
+    """Arms of `--suite policies`."""
     frames = 1 + (options.frames - 1) // 4
-    return found + [
+    return controls() + [
         Arm(name, accel, returns="oracle" not in name) for name, accel in policy_arms.arms(frames, bench.generate, {})
     ]
 
@@ -404,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
-    parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse", "policies"))
+    parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse", "policies", "selectors"))
     parser.add_argument("--only", default="", help="arms whose name holds this text")
     parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
@@ -423,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "selection": selections,
         "reuse": lambda: reuses(calibrated(options)),
         "policies": lambda: policies(options, bench),
+        "selectors": lambda: [*controls(), *(Arm(name, accel) for name, accel in selector_arms.arms())],
     }
     every = suites[options.suite]()
     wanted = [arm for arm in every if options.only in arm.name][share - 1 :: shares]

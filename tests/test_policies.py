@@ -221,6 +221,7 @@ BAD = [
     ("InwardWindow", {"gather_mib": 0}, "gather_mib is a number of MiB >= 1"),
     ("NeighborhoodAttention", {"kernel": (-1, 3, 3)}, "kernel is three lengths >= 0"),
     ("NeighborhoodAttention", {"kernel": (0, 3, 3), "stride": (1, 4, 1)}, "a stride is no longer than its window"),
+    ("NeighborhoodAttention", {"stride": 2}, "stride is three steps >= 1"),
     ("NeighborhoodAttention", {"stride": (0, 1, 1)}, r"stride=\(0, 1, 1\)"),
     ("NeighborhoodAttention", {"dilation": (1, 0, 1)}, r"dilation=\(1, 0, 1\)"),
     ("NeighborhoodAttention", {"causal": (True, False)}, r"causal=\(True, False\)"),

@@ -53,15 +53,15 @@ class NeighborhoodAttention(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kernel = self.kernel or (0, 0, 0)
-        self.require(len(kernel) == 3 and min(kernel) >= 0, "kernel is three lengths >= 0", kernel=self.kernel)
-        self.require(len(self.stride) == 3 and min(self.stride) >= 1, "stride is three steps >= 1", stride=self.stride)
+        kernel = self.kernel if self.kernel is not None else (0, 0, 0)
+        self.require(_three(kernel) and min(kernel) >= 0, "kernel is three lengths >= 0", kernel=self.kernel)
+        self.require(_three(self.stride) and min(self.stride) >= 1, "stride is three steps >= 1", stride=self.stride)
         fits = all(window == 0 or step <= window for window, step in zip(kernel, self.stride, strict=True))
         self.require(fits, "a stride is no longer than its window", stride=self.stride, kernel=self.kernel)
         self.require(
-            len(self.dilation) == 3 and min(self.dilation) >= 1, "dilation is three steps >= 1", dilation=self.dilation
+            _three(self.dilation) and min(self.dilation) >= 1, "dilation is three steps >= 1", dilation=self.dilation
         )
-        booleans = len(self.causal) == 3 and all(isinstance(one, bool) for one in self.causal)
+        booleans = _three(self.causal) and all(isinstance(one, bool) for one in self.causal)
         self.require(booleans, "causal is True or False for three axes", causal=self.causal)
         self.require(self.gather_mib >= 1, "gather_mib is a number of MiB >= 1", gather_mib=self.gather_mib)
 
@@ -135,3 +135,7 @@ def _cut(grid: Grid, part: tuple[slice, ...]) -> Grid:
 
 def _size(grid: Grid) -> tuple[int, int, int]:
     return grid.frames, grid.height, grid.width
+
+
+def _three(values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) == 3
