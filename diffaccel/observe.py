@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .kernel import merge
+from .kernel.merge import merge
 from .kernel.weighted import read_plainly
 from .site import Site
 

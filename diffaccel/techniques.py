@@ -7,12 +7,15 @@ from .cache.h2o import H2O
 from .cache.host import HostCache
 from .cache.lazy_eviction import LazyEviction
 from .cache.razor_attention import RazorAttention
+from .cache.remote import RemoteCache
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.snapkv import SnapKV
 from .cache.task_kv import TaskKV
 from .cache.tca_style import TCAStyle
 from .cache.tempcache import TempCache
+from .cache.think import ThinK
 from .cache.tri_attention import TriAttention
+from .cache.zipcache import ZipCache
 from .policy import Policy
 from .prompt.annca import AnnCA
 from .prompt.pad_collapse import PadCollapse
@@ -36,6 +39,9 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SinkRecent,
     RollingRebased,
     HostCache,
+    RemoteCache,
+    ZipCache,
+    ThinK,
     SnapKV,
     H2O,
     CAKE,
@@ -83,6 +89,7 @@ __all__ = [
     "NeighborhoodAttention",
     "PadCollapse",
     "RazorAttention",
+    "RemoteCache",
     "RetrievalAttention",
     "RollingRebased",
     "Routed",
@@ -93,6 +100,8 @@ __all__ = [
     "TCAStyle",
     "TaskKV",
     "TempCache",
+    "ThinK",
     "TokenSelect",
     "TriAttention",
+    "ZipCache",
 ]

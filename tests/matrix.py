@@ -24,6 +24,7 @@ from diffaccel import (
     NeighborhoodAttention,
     PadCollapse,
     RazorAttention,
+    RemoteCache,
     RetrievalAttention,
     RollingRebased,
     Routed,
@@ -34,8 +35,10 @@ from diffaccel import (
     TaskKV,
     TCAStyle,
     TempCache,
+    ThinK,
     TokenSelect,
     TriAttention,
+    ZipCache,
 )
 
 
@@ -44,6 +47,7 @@ class Row:
     exact: Accel
     lossy: Accel | None  # None: the technique is lossless
     bits: bool = field(default=True)  # the exact setting is dense attention bit for bit, not only within rounding
+    reads_all: bool = field(default=False)  # the lossy setting leaves nothing out, but holds some of it less precisely
 
     @property
     def name(self) -> str:
@@ -69,20 +73,23 @@ MATRIX = [
         Accel(cache=TempCache(threshold=0.3, heads="per_head", budget="8 frames", bits=8)),
     ),
     Row(Accel(cache=HostCache(piece_frames=2)), None, bits=False),
-    Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
+    Row(Accel(cache=RemoteCache("cpu")), None, bits=False),
     Row(
-        Accel(cache=SinkRecent(recent_frames=None, summaries="cell")),
-        Accel(cache=SinkRecent(recent_frames=3, summaries="cell")),
+        Accel(cache=RemoteCache("cpu"), reuse=FlashBlock(refresh=1), window=FrameWindow(frames=None)),
+        Accel(cache=RemoteCache("cpu", recent_frames=2), reuse=FlashBlock(refresh=2), window=FrameWindow(frames=4)),
+        bits=False,
     ),
+    Row(Accel(cache=ZipCache(salient=None)), Accel(cache=ZipCache(0.5, recent_frames=1)), reads_all=True),
     Row(
-        Accel(cache=SinkRecent(recent_frames=None, summaries="frame"), reuse=FlashBlock(refresh=1)),
-        Accel(cache=SinkRecent(recent_frames=3, summaries="frame"), reuse=FlashBlock(refresh=2)),
+        Accel(cache=ZipCache(salient=None), reuse=FlashBlock(refresh=1)),
+        Accel(cache=ZipCache(0.3, bits=2, recent_frames=2, sink_frames=0), reuse=FlashBlock(refresh=2)),
     ),
-    Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
-    Row(Accel(cache=SnapKV(budget=None)), Accel(cache=SnapKV("5 frames"))),
-    Row(Accel(cache=H2O(budget=None)), Accel(cache=H2O("5 frames", recent_frames=2))),
-    Row(Accel(cache=LazyEviction(budget=None)), Accel(cache=LazyEviction("5 frames", recent_frames=2, alpha=0.05))),
-    Row(Accel(cache=TaskKV(budget=None)), Accel(cache=TaskKV("5 frames", sink_frames=0, least=0, beta=0.6, top=4))),
+    Row(Accel(cache=ThinK(keep=1.0)), Accel(cache=ThinK(0.5, recent_frames=1)), reads_all=True),
+    Row(
+        Accel(cache=SnapKV(budget=None)),
+        Accel(cache=SnapKV("5 frames", recent_frames=2, dropped="bits2")),
+        reads_all=True,
+    ),
     Row(
         Accel(cache=TriAttention(budget=None)),
         Accel(cache=TriAttention("5 frames", recent_frames=2, profile=profile_of(TriAttention))),
@@ -100,6 +107,21 @@ MATRIX = [
         Accel(cache=CompressKV("5 frames", recent_frames=2, lead=1, profile=profile_of(CompressKV))),
     ),
     Row(Accel(cache=TCAStyle(budget=None)), Accel(cache=TCAStyle("5 frames", recent_frames=2, side=2))),
+    Row(Accel(cache=CAKE(budget=None)), Accel(cache=CAKE("5 frames", recent_frames=2, dropped="centroids"))),
+    Row(Accel(cache=SinkRecent(recent_frames=None)), Accel(cache=SinkRecent(recent_frames=3))),
+    Row(
+        Accel(cache=SinkRecent(recent_frames=None, summaries="cell")),
+        Accel(cache=SinkRecent(recent_frames=3, summaries="cell")),
+    ),
+    Row(
+        Accel(cache=SinkRecent(recent_frames=None, summaries="frame"), reuse=FlashBlock(refresh=1)),
+        Accel(cache=SinkRecent(recent_frames=3, summaries="frame"), reuse=FlashBlock(refresh=2)),
+    ),
+    Row(Accel(cache=RollingRebased(recent_frames=None)), Accel(cache=RollingRebased(recent_frames=3, sink_frames=2))),
+    Row(Accel(cache=SnapKV(budget=None)), Accel(cache=SnapKV("5 frames"))),
+    Row(Accel(cache=H2O(budget=None)), Accel(cache=H2O("5 frames", recent_frames=2))),
+    Row(Accel(cache=LazyEviction(budget=None)), Accel(cache=LazyEviction("5 frames", recent_frames=2, alpha=0.05))),
+    Row(Accel(cache=TaskKV(budget=None)), Accel(cache=TaskKV("5 frames", sink_frames=0, least=0, beta=0.6, top=4))),
     Row(Accel(cache=CAKE(budget=None)), Accel(cache=CAKE("5 frames", dropped="mean", recent_frames=2))),
     Row(
         Accel(cache=SnapKV(budget=None), reuse=FlashBlock(refresh=1)),
@@ -135,8 +157,8 @@ MATRIX = [
         Accel(selection=RetrievalAttention(0.3, nearest=9, dense_steps=0, min_past=0)),
     ),
     Row(
-        Accel(selection=HeadShard(density=1.0), reuse=FlashBlock(refresh=1)),
-        Accel(selection=HeadShard(0.5, recent_frames=1, dense_steps=0, min_past=0), reuse=FlashBlock(refresh=2)),
+        Accel(selection=HeadShard(density=1.0)),
+        Accel(selection=HeadShard(0.5, recent_frames=1, dense_steps=0, min_past=0)),
     ),
     Row(Accel(selection=Routed(density=1.0)), Accel(selection=Routed(0.3, clusters=5, dense_steps=0, min_past=0))),
     Row(
@@ -144,8 +166,8 @@ MATRIX = [
         Accel(selection=Sticky(0.3, refresh="step", summaries=False, dense_steps=0, min_past=0)),
     ),
     Row(
-        Accel(selection=SpAttenCascade(density=1.0), cache=SinkRecent(recent_frames=None)),
-        Accel(selection=SpAttenCascade(0.3, drop=0.4, dense_steps=0, min_past=0), cache=SinkRecent(recent_frames=3)),
+        Accel(selection=SpAttenCascade(density=1.0)),
+        Accel(selection=SpAttenCascade(0.3, drop=0.4, dense_steps=0, min_past=0)),
     ),
     Row(
         Accel(selection=MassRouter(outside=0.0)),
