@@ -37,6 +37,7 @@ from tiny_world.prompts import describe
 from torch import Tensor
 
 from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, Report, SinkRecent, Site, TempCache
+from diffaccel.cache.calibrated import Calibrated
 from diffaccel.cache.merged import MergedTier, MergedTokens
 from diffaccel.calibrate import PROMPTS as CALIBRATION
 from diffaccel.calibrate import calibrate, summary
@@ -45,6 +46,7 @@ from diffaccel.pipelines.loading import load
 from diffaccel.plots import check_plots
 from diffaccel.policy import Answer
 from diffaccel.quality import psnr, ssim
+from diffaccel.techniques import TECHNIQUES
 
 PROMPTS = (
     "a large red circle moves left slowly over a teal checkerboard",
@@ -209,15 +211,15 @@ def reuses(profile: Path) -> list[Arm]:
     ]
 
 
-def calibrated(options: argparse.Namespace) -> Path:
-    """A profile of FlashBlock for the model, made if it is not there."""
-    path: Path = options.out / "flashblock.json"
+def calibrated(options: argparse.Namespace, method: type[Any] = FlashBlock) -> Path:
+    """A profile of a technique for the model, made if it is not there."""
+    path: Path = options.out / f"{method.__name__.lower()}.json"
     if not path.exists():
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipe = load(options.model, pipeline="causal", device=device, dtype=options.dtype)
         pipe.set_progress_bar_config(disable=True)
         size = {"width": 128, "height": 128, "num_frames": min(options.frames, TRAINED)}
-        made = calibrate(pipe, FlashBlock(), prompts=CALIBRATION, num_inference_steps=8, guidance_scale=2.5, **size)
+        made = calibrate(pipe, method(), prompts=CALIBRATION, num_inference_steps=8, guidance_scale=2.5, **size)
         made.save(path)
         print("\n".join(summary(made)), flush=True)
     return path
@@ -235,8 +237,11 @@ def controls() -> list[Arm]:
 def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
     """Arms of `--suite policies`."""
     frames = 1 + (options.frames - 1) // 4
+    needy = [technique for technique in TECHNIQUES if issubclass(technique, Calibrated)]
+    profiles = {technique.__name__: str(calibrated(options, technique)) for technique in needy}
     return controls() + [
-        Arm(name, accel, returns="oracle" not in name) for name, accel in policy_arms.arms(frames, bench.generate, {})
+        Arm(name, accel, returns="oracle" not in name)
+        for name, accel in policy_arms.arms(frames, bench.generate, profiles)
     ]
 
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffaccel import Accel, SinkRecent, Site, TempCache
+from diffaccel import Accel, SinkRecent, Site, SnapKV, TempCache
 from diffaccel.cache import Memory
 from diffaccel.cache.look import Look
+from diffaccel.cache.remainder import REMAINDERS
 from diffaccel.cache.scored import Scored
 from diffaccel.run import Run
 from diffaccel.techniques import TECHNIQUES
@@ -84,7 +85,7 @@ def arms(frames: int, watched: Callable[[Accel], Any], profiles: dict[str, str])
     watched(Accel(cache=oracle))
     for percent in PERCENT:
         held = round(frames * percent / 100)
-        if held < SINK + BLOCK + 2:
+        if held < SINK + 2 * BLOCK:
             continue
         knobs: dict[str, Any] = {"budget": f"{held} frames", "sink_frames": SINK, "recent_frames": BLOCK}
         name = f"budget {percent} %"
@@ -98,6 +99,11 @@ def arms(frames: int, watched: Callable[[Accel], Any], profiles: dict[str, str])
         ]
         for technique in TECHNIQUES:
             if issubclass(technique, Scored):
-                own = {"profile": profiles[technique.__name__]} if technique.__name__ in profiles else {}
+                own = {} if technique.needs == "nothing" else {"profile": profiles[technique.__name__]}
                 found.append((f"{name}: {technique.__name__}", Accel(cache=technique(**knobs, **own))))
+        found += [
+            (f"{name}: SnapKV, {dropped}", Accel(cache=SnapKV(**knobs, dropped=dropped)))
+            for dropped in REMAINDERS
+            if dropped != "host"
+        ]
     return found
