@@ -115,7 +115,7 @@ class GateLearner(KVCache):
             with run.at(**told), denoiser.cache_context(site.branch):
                 return denoiser(*args, **kwargs)[0].float()
 
-        where, call = run._where, list(self.call)
+        where = run._where
         try:
             with torch.no_grad():
                 wanted, worst = velocity(torch.ones_like(gates)), velocity(torch.zeros_like(gates))
@@ -128,7 +128,7 @@ class GateLearner(KVCache):
                 self.adam[0].step()
                 gates.data.clamp_(0, 1)
         finally:
-            run._where, run._told, self.call[:] = where, True, call
+            run._where, run._told = where, True
             run._memories.update({(site.branch, layer): memory for layer, memory in enumerate(memories)})
 
     def idle(self, run: "Run") -> str | None:

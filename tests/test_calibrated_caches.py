@@ -310,6 +310,19 @@ def test_gates_close_where_the_past_does_not_count(monkeypatch):
         assert torch.equal(weight, before[name])
 
 
+def test_the_run_stands_where_it_stood_after_learning(pipe, few_rounds, monkeypatch):
+    learn, seen = GateLearner._learn, []
+
+    def noting(self, memories, site, run):
+        before = run._where, run._told, dict(run._memories)
+        learn(self, memories, site, run)
+        seen.append(before == (run._where, run._told, run._memories) and bool(self.losses))
+
+    monkeypatch.setattr(GateLearner, "_learn", noting)
+    calibrate(pipe, DuoAttention(recent_frames=1), prompts=[PROMPT], **CALL | {"guidance_scale": 2.0})
+    assert seen == [True], "of the two branches one learns"
+
+
 # -- CompressKV ------------------------------------------------------------------------------------------------------
 
 

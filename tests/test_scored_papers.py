@@ -148,6 +148,7 @@ def test_tca_style_blocks_are_squares_of_one_frame_and_ranks_within_them():
 
 def test_tca_style_takes_those_within_budget_first():
     policy, one = TCAStyle(side=2), look(tokens=12, heads=1)
-    one.__dict__["p"] = torch.tensor([[[[0.5, 0.0004, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0996, 0.0, 0.0, 0.0]]]])
-    first = policy.score(one)[0, 0].argsort(descending=True)[:7].tolist()
-    assert sorted(first) == [0, 1, 4, 5, 6, 7, 8]  # 0.0004 of attention beside 0.5 is little, and not nothing
+    one.__dict__["p"] = torch.tensor([[[[0.6, 0.1, 0.05, 0.0, 0.02, 0.02, 0.02, 0.02, 0.17, 0.0, 0.0, 0.0]]]])
+    score = policy.score(one)[0, 0]
+    assert (score > 1).tolist() == [True, True, False, False] + 4 * [True] + [True, False, False, False]
+    assert score[2] < score[4:8].min(), "0.05 is more than 0.02, and beyond what its block may keep"
