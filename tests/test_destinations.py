@@ -22,6 +22,7 @@ from diffaccel.cache.remote import RemoteTier
 from diffaccel.cache.store import Quantised
 from diffaccel.cache.stored import PIECE_FRAMES, Stored, in_bits, plain
 from diffaccel.cache.think import Narrow, best_pairs
+from diffaccel.cache.tiers import ExactTier
 from diffaccel.kernel import merge
 
 STORED = {
@@ -164,6 +165,19 @@ def test_a_channel_unseen_at_first_stays_finite():
     store = Quantised(k, 4, 4, channels=1)
     store.write(torch.arange(3), 5 * torch.randn(3, 8))
     assert torch.isfinite(store.read(torch.arange(3))).all()
+
+
+def test_the_exact_tier_is_an_arena():
+    """Over 100 blocks of a known length nothing moves; of an unknown one the buffer moves seven times."""
+    k, frames = torch.randn(1, 6, 2, 4), torch.zeros(6, dtype=torch.int64)
+    for expected, most in ((600, 1), (0, 8)):
+        tier, places = ExactTier(expected), set()
+        for block in range(100):
+            tier.place(k + block, k, frames)
+            tier.keep_placed()
+            places.add(tier.past().entries.k.data_ptr())
+        assert len(places) <= most
+        assert torch.equal(tier.past().entries.k, torch.cat([k + block for block in range(100)], 1))
 
 
 # -- centroids ---------------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ class ExactTier:
     """Finished blocks, token for token, in one buffer with room behind them for the block at work.
 
     The block at work is written where it will stay, so that attention over past and block is one call over one
-    contiguous range, and finishing a block copies nothing.
+    contiguous range, and finishing a block copies nothing. One buffer of the video's length is what vAttention (arXiv
+    2405.04437) reserves addresses for; a single stream owns its cache, so it needs no pages that others could take.
     """
 
     def __init__(self, expected: int = 0) -> None:
