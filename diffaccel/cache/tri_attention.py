@@ -53,8 +53,10 @@ class TriAttention(Calibrated):
         centre, cells = torch.stack([real, imag], -1), look.grid.tokens_per_frame  # (F, H, 2)
         q = centre.transpose(0, 1).flatten(1).expand(1, cells, -1, -1)  # (1, cells, H, D)
         q = rotate(q.contiguous(), *(table[:, :cells].float() for table in look.rotary))
-        offsets = [2**power for power in range(self.horizon.bit_length())]
-        ahead = torch.stack([look.later(q, look.grid.frames - 1 + offset) for offset in offsets]).mean(0)[0]
+        turned = [look.later(q, look.grid.frames)]  # one frame after the newest
+        for power in range(self.horizon.bit_length() - 1):
+            turned.append(look.later(turned[-1], 2**power))  # families have tables of some length, so step by step
+        ahead = torch.stack(turned).mean(0)[0]
         head = torch.arange(ahead.shape[1], device=ahead.device)[:, None]
         seen = ahead[look.token % cells, head]  # (B, H, N, D)
         k = look.k.transpose(1, 2).to(seen)
