@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from diffaccel import kernel
 from diffaccel.errors import UnsupportedError
 from diffaccel.kernel import Partial, fa3, merge
+
+if TYPE_CHECKING:
+    from .block_policy import KeptCache
 
 NAME, CANVAS = "diffaccel_block", "diffaccel_canvas"
 """What the attention is registered as; a model has it only while it forwards for `BlockLM` or `CanvasLM`."""
@@ -50,14 +53,29 @@ class Counters:
     fewest_changed: int | None = None  # at a step that was not a block's first
     graphs_captured: int = 0
     graphs_replayed: int = 0
+    most_seen: int = (
+        0  # tokens of finished blocks, where a policy chooses among them, and the most kept: mean over layers
+    )
+    most_kept: int = 0
+    kept_less: bool = False
 
-    def note(self, answer: str, batch: int, block: int, past: int, rows: int, layers: int = 1) -> None:
-        """A call in each of `layers`; `rows` of the block are recomputed where the answer is "reuse"."""
+    def note_kept(self, kept: int, seen: int, less: bool) -> None:
+        """A policy went over finished blocks."""
+        self.most_seen, self.most_kept = max(self.most_seen, seen), max(self.most_kept, kept)
+        self.kept_less |= less
+
+    def note(
+        self, answer: str, batch: int, block: int, past: int, rows: int, read: int | None = None, layers: int = 1
+    ) -> None:
+        """A call in each of `layers`, which reads `read` of the tokens before the block, all unless told; `rows` of it
+        are recomputed where the answer is "reuse"."""
         self.calls += layers
         if not past:
             return
         self.pairs_total += layers * batch * block * past
-        self.pairs_computed += layers * batch * (rows if answer == "reuse" else block) * past
+        self.pairs_computed += (
+            layers * batch * (rows if answer == "reuse" else block) * (past if read is None else read)
+        )
         if answer == "reuse":
             self.external_reused += layers
         else:
@@ -71,6 +89,7 @@ class Pass:
     `pending` tokens come before the block; `mask` is theirs, additive (B, 1, pending, N). `outside_allowed`
     (B, S, N - S) and `inside_allowed` (B, S, S) say which keys a query may read where there is padding, else None.
     `dirty` (B, S) are the tokens that changed since `stored`, a partial a layer, was computed; None if none did.
+    `kept` holds what is left of finished blocks where a policy chooses, `before` is how many tokens they had then.
     """
 
     pending: int
@@ -83,16 +102,24 @@ class Pass:
     stored: dict[Any, Partial] = field(default_factory=dict)
     dirty: Tensor | None = None
     drop: bool = False
+    kept: "KeptCache | None" = None
+    before: int = 0
 
     def run(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of all tokens of the pass, (B, pending + S, H, D), from tensors as transformers has them."""
         written = key.shape[2] - query.shape[2] + self.pending  # what the block at work has before it
         before, q = query.split([self.pending, query.shape[2] - self.pending], dim=2)
-        layer = getattr(module, "layer_idx", module)
+        layer: Any = getattr(module, "layer_idx", module)
         out = self.attend(layer, q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
         if not self.pending:
             return out
         past = key[:, :, :written], value[:, :, :written]
+        if self.kept is not None and self.kept.count(layer):
+            assert self.mask is not None
+            own_k, own_v = (x.transpose(1, 2) for x in past)
+            own = masked(before.transpose(1, 2), own_k, own_v, scale, self.mask[:, 0, :, -written:] == 0)
+            finished = merge([self.kept.partial(layer, before.transpose(1, 2), scale), own]).out
+            return torch.cat([finished, out], dim=1)
         finished, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, before, *past, self.mask, scaling=scale, is_causal=False)
         return torch.cat([finished, out], dim=1)
 
@@ -101,16 +128,23 @@ class Pass:
         read = _reader(self.kernel, q_BSHD, scale)
         block, past = q_BSHD.shape[1], k_BNGD.shape[1] - q_BSHD.shape[1]
         rows = 0 if self.dirty is None or self.drop else len(self.dirty_rows)
-        self.counters.note(self.answer, q_BSHD.shape[0], block, past, rows)
+        held = 0 if self.kept is None else self.kept.count(layer)
+        if self.kept is not None:
+            self.kept.note(layer, q_BSHD, k_BNGD, v_BNGD, scale)
+        self.counters.note(self.answer, q_BSHD.shape[0], block, self.before or past, rows, past + held)
         padded = self.outside_allowed is not None or self.inside_allowed is not None
-        if not past or (self.answer == "together" and not padded):
+        if not past + held or (self.answer == "together" and not padded and not held):
             return read(q_BSHD, k_BNGD, v_BNGD, self.inside_allowed).out
 
         def outside(q: Tensor, rows: Tensor | None = None) -> Partial:
             allowed = self.outside_allowed
             if allowed is not None and rows is not None:
                 allowed = allowed[:, rows]
-            return read(q, k_BNGD[:, :past], v_BNGD[:, :past], allowed)
+            parts = [read(q, k_BNGD[:, :past], v_BNGD[:, :past], allowed)] if past else []
+            if held:
+                assert self.kept is not None
+                parts.append(self.kept.partial(layer, q, scale))
+            return merge(parts)
 
         if self.answer == "reuse":
             external = self._reused(self.stored[layer], q_BSHD, outside)
@@ -158,12 +192,22 @@ def grouped(chosen: ModuleType, q_BSHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, 
 
     No key is copied, which expanding G heads to H would do; every query reads every key, so their order is free.
     """
-    b, s, h, d = q_BSHD.shape
     g = k_BNGD.shape[2]
-    if g == h or chosen is fa3:  # which does this itself
+    if g == q_BSHD.shape[2] or chosen is fa3:  # which does this itself
         return chosen.partial(q_BSHD, k_BNGD, v_BNGD, scale=scale)
-    folded = q_BSHD.reshape(b, s, g, h // g, d).transpose(2, 3).reshape(b, s * (h // g), g, d)
-    out, lse = chosen.partial(folded, k_BNGD, v_BNGD, scale=scale)
+    return unfold(chosen.partial(fold(q_BSHD, g), k_BNGD, v_BNGD, scale=scale), q_BSHD)
+
+
+def fold(q_BSHD: Tensor, heads: int) -> Tensor:
+    """Queries (B, S * H / G, G, D) of G heads of keys, those of neighbouring heads after one another."""
+    b, s, h, d = q_BSHD.shape
+    return q_BSHD.reshape(b, s, heads, h // heads, d).transpose(2, 3).reshape(b, s * (h // heads), heads, d)
+
+
+def unfold(folded: Partial, q_BSHD: Tensor) -> Partial:
+    """The partial of `fold`ed queries as that of the queries."""
+    (b, s, h, d), (out, lse) = q_BSHD.shape, folded
+    g = out.shape[2]
     out = out.reshape(b, s, h // g, g, d).transpose(2, 3).reshape(b, s, h, d)
     return Partial(out, lse.reshape(b, s, h // g, g).transpose(2, 3).reshape(b, s, h))
 
@@ -274,7 +318,7 @@ _LEAST, _MOST = 512, 32768
 the batch. Twice a long text would not fit a GPU."""
 
 
-class _RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):
     """Keys and values of a layer with room to grow: an update writes its own tokens and copies nothing of the past."""
 
     length = 0
@@ -315,7 +359,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 class BlockCache(DynamicCache):
-    """A `DynamicCache` of `_RoomyLayer`s."""
+    """A `DynamicCache` of `RoomyLayer`s."""
 
     def __init__(self) -> None:
-        Cache.__init__(self, layer_class_to_replicate=_RoomyLayer)
+        Cache.__init__(self, layer_class_to_replicate=RoomyLayer)

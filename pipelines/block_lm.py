@@ -14,6 +14,7 @@ arXiv 2503.09573; FlashBlock: arXiv 2602.05305).
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any, Literal
@@ -24,9 +25,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffaccel import kernel
 from diffaccel.errors import KnobError, NotEngagedError, UnsupportedError
+from diffaccel.policy import CachePolicy
 from diffaccel.reuse.token_count import TokenCount
 
+from . import block_policy
 from .block_attention import Answer, BlockCache, Counters, Pass, at_work
+from .block_policy import KeptCache
 from .fixed_step import FixedSteps
 
 __all__ = ["BlockLM", "TokenCount"]
@@ -52,24 +56,28 @@ class _Outside:
 class _Progress:
     """One generation: the cache and the (B, N) tokens, validity and positions it was written from."""
 
-    cache: BlockCache = field(default_factory=BlockCache)
+    cache: BlockCache = field(init=False)
     seen: tuple[Tensor, ...] = ()
     outside: _Outside | None = None
     fixed: FixedSteps | None = None
     counters: Counters = field(default_factory=Counters)
+    new: Callable[[], BlockCache] = BlockCache
+
+    def __post_init__(self) -> None:
+        self.cache = self.new()
 
     def keep(self, window: tuple[Tensor, ...], start: int, block: int) -> int:
         """Crop the cache to the whole blocks before `start` that it was written from as they are now; their tokens."""
         cached = self.cache.get_seq_length()
         kept = min(cached, start)
         if not self.seen or self.seen[0].shape[0] != window[0].shape[0]:
-            self.cache, kept, cached = BlockCache(), 0, 0
+            self.cache, kept, cached = self.new(), 0, 0
         elif not all(torch.equal(a[:, :kept], b[:, :kept]) for a, b in zip(self.seen, window, strict=True)):
             differs = [(a[:, :kept] != b[:, :kept]).any(0) for a, b in zip(self.seen, window, strict=True)]
             kept = int(torch.stack(differs).any(0).nonzero()[0]) // block * block
         if kept < cached:
             self.cache.crop(kept - cached)
-        return kept
+        return self.cache.get_seq_length()
 
 
 class BlockLM(nn.Module):
@@ -84,16 +92,20 @@ class BlockLM(nn.Module):
         block_length: tokens of a block; must be the pipeline's.
         reuse: `TokenCount` reuses attention to finished blocks between steps (FlashBlock). It needs a model that
             attends through transformers' attention interface.
-        cache: False forwards the whole text at every step: what the pipeline does by itself, as the dense arm.
+        cache: False forwards the whole text at every step: what the pipeline does by itself, as the dense arm. A cache
+            policy, such as `SnapKV(budget=96, recent_frames=16)`, keeps a part of finished blocks; to it a token is a
+            frame (`block_policy.py`). Without padding in finished blocks, and without graphs.
         approximate: cache although the model turns out not to be block-causal; the report says so.
         kernel: one of `diffaccel.kernel.CHOICES`, for the block at work.
         graphs: replay steps as CUDA graphs: "auto" where that is possible, and the report says why where it is not.
 
     Raises:
-        KnobError: block_length below 1, or `reuse` without a cache.
-        UnsupportedError: from the first forward: the model is not block-causal, which is checked by running it, or its
-            attention cannot be split, or graphs were asked for and are not possible.
-        NotEngagedError: on leaving `with`, if `reuse` was asked for and nothing was ever reused.
+        KnobError: block_length below 1, `reuse` without a cache, or a budget that holds no more than what is protected.
+        UnsupportedError: a cache policy that is of no use for text; from the first forward: the model is not
+            block-causal, which is checked by running it, or its attention cannot be split, or graphs were asked for and
+            are not possible, or a cache policy meets padding.
+        NotEngagedError: on leaving `with`, if `reuse` was asked for and nothing was ever reused, or a cache policy and
+            it kept everything.
     """
 
     lm: Any
@@ -104,7 +116,7 @@ class BlockLM(nn.Module):
         block_length: int,
         *,
         reuse: TokenCount | None = None,
-        cache: bool = True,
+        cache: bool | CachePolicy = True,
         approximate: bool = False,
         kernel: str = "auto",
         graphs: bool | Literal["auto"] = "auto",
@@ -112,12 +124,17 @@ class BlockLM(nn.Module):
         super().__init__()
         if block_length < 1:
             raise KnobError(f"block_length is a number of tokens >= 1, got {block_length}")
-        if reuse is not None and not cache:
+        if reuse is not None and cache is False:
             raise KnobError("reuse needs the cache of finished blocks, got cache=False; drop one of the two")
         self.lm, self.block_length = lm, block_length
         if graphs not in (True, False, "auto"):
             raise KnobError(f"graphs is True, False or 'auto', got {graphs!r}")
-        self.reuse, self.cached, self.approximate, self.kernel, self.graphs = reuse, cache, approximate, kernel, graphs
+        self.reuse, self.cached, self.approximate, self.kernel, self.graphs = (
+            reuse, cache is not False, approximate, kernel, graphs
+        )  # fmt: skip
+        self.policy = None if isinstance(cache, bool) else cache
+        if self.policy is not None:
+            block_policy.check(self.policy)
         self.doubts: list[str] = []
         self.no_graphs: str | None = None
         self._checked: tuple[torch.device, torch.dtype] | None = None
@@ -136,13 +153,19 @@ class BlockLM(nn.Module):
 
     def reset(self) -> None:
         """Forget the cache and the counters."""
-        self._progress = _Progress()
+        self._progress = self._afresh(Counters())
+
+    def _afresh(self, counters: Counters) -> _Progress:
+        policy = self.policy
+        if policy is None or policy.is_exact:
+            return _Progress(counters=counters)
+        return _Progress(counters=counters, new=lambda: KeptCache(policy, self.kernel, self.block_length))
 
     def __enter__(self) -> "BlockLM":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._progress = _Progress(counters=self._progress.counters)  # frees the cache
+        self._progress = self._afresh(self._progress.counters)  # frees the cache
         if kind is None:
             self.require_engaged()
 
@@ -175,15 +198,24 @@ class BlockLM(nn.Module):
             counters.tokens_forwarded += batch * length
             return self._logits(window, None, self._additive(window[1], 0, length))
         block, start = self.block_length, length - self.block_length
+        if isinstance(progress.cache, KeptCache) and not bool(window[1][:, :start].all()):
+            raise UnsupportedError(
+                f"{type(self.policy).__name__} chooses among tokens that every row has, and finished blocks hold "
+                "padding here; write texts with prompts of one length together, or one at a time"
+            )
         kept = progress.keep(window, start, block)
         counters.tokens_forwarded += batch * (length - kept)
         replayed = bool(start) and self.no_graphs is None and bool(window[1].all())
         progress.seen = tuple(part[:, :start].clone() for part in window) if kept < start else progress.seen
         try:
-            while start - kept > (block * bool(kept) if replayed else _CHUNK):
+            chooses = isinstance(progress.cache, KeptCache)  # then finished blocks are forwarded in passes of their own
+            while start - kept > (0 if chooses else block * bool(kept) if replayed else _CHUNK):
                 stop = min(start, kept + _CHUNK // block * block + block)
                 before = tuple(part[:, :stop] for part in window)
                 self._run(progress, before, kept, self._pass(before, kept, Counters()))
+                if isinstance(progress.cache, KeptCache):
+                    progress.cache.commit()
+                    progress.counters.note_kept(progress.cache.tokens, stop, progress.cache.engaged)
                 kept = stop
             answer, dirty = self._answer(progress, window[0], kept)
             if replayed and (logits := self._replay(progress, window, kept, answer, dirty)) is not None:
@@ -194,13 +226,15 @@ class BlockLM(nn.Module):
             logits = self._run(progress, window, kept, now)
             progress.cache.crop(-block)
         except BaseException:
-            progress.cache, progress.seen, progress.fixed = BlockCache(), (), None  # may hold different tokens now
+            progress.cache, progress.seen, progress.fixed = progress.new(), (), None  # may hold different tokens now
             raise
         return logits
 
     def _run(self, progress: _Progress, window: tuple[Tensor, ...], kept: int, now: Pass) -> Tensor:
         """Logits of the last block; all tokens from `kept` on are put into the cache."""
         new = tuple(part[:, kept:] for part in window)
+        now.kept = progress.cache if isinstance(progress.cache, KeptCache) else None
+        now.before = window[0].shape[1] - self.block_length
         if not self._interface:
             return self._logits(new, progress.cache, self._additive(window[1], kept, window[0].shape[1]))
         with at_work(self.lm, now):
@@ -244,6 +278,8 @@ class BlockLM(nn.Module):
         """Why steps cannot be replayed as CUDA graphs, or None."""
         if self.graphs is False:
             return "graphs=False"
+        if self.policy is not None and not self.policy.is_exact:
+            return f"{type(self.policy).__name__} keeps another number of tokens after every block"
         if not self._interface:
             return f"{type(self.lm).__name__} does not attend through transformers' attention interface"
         if self.device.type != "cuda":
@@ -293,7 +329,7 @@ class BlockLM(nn.Module):
         counters.graphs_captured += fixed.captured - captured
         counters.graphs_replayed += 1
         rows = 0 if dirty is None or drop else block
-        counters.note(answer, batch, block, start, rows, len(cache.layers))
+        counters.note(answer, batch, block, start, rows, layers=len(cache.layers))
         return logits
 
     def _logits(
@@ -342,7 +378,7 @@ class BlockLM(nn.Module):
         where = (self.device, self.dtype)
         if self._checked == where:
             return
-        self._progress = _Progress(counters=self._progress.counters)  # a cache elsewhere is of no use here
+        self._progress = self._afresh(self._progress.counters)  # a cache elsewhere is of no use here
         with torch.no_grad():
             self.doubts = [] if not self.cached else self._find_doubts()
         if not self.cached:
@@ -407,10 +443,11 @@ class BlockLM(nn.Module):
         if self._interface and not calls:
             self._interface = False  # it says it attends through the interface, and does not
             gaps, _ = self._gaps(ids, usual)
-        if self.reuse is not None and not self._interface:
+        asked = "reuse" if self.reuse is not None else "a cache policy" if self.policy is not None else None
+        if asked and not self._interface:
             raise UnsupportedError(
-                f"reuse needs a model that attends through transformers' attention interface, and "
-                f"{type(self.lm).__name__} does not; leave reuse out, the cache works without"
+                f"{asked} needs a model that attends through transformers' attention interface, and "
+                f"{type(self.lm).__name__} does not; leave {asked} out, the cache works without"
             )
         self._refuse_graphs(self._find_no_graphs())
         if self.no_graphs is None:
@@ -427,8 +464,13 @@ class BlockLM(nn.Module):
         return gaps, progress.counters.calls
 
     def require_engaged(self) -> None:
-        """Raise `NotEngagedError` with the reason if reuse was asked for and never happened."""
-        counters, reuse = self._progress.counters, self.reuse
+        """Raise `NotEngagedError` with the reason if a technique was asked for and never did anything."""
+        counters, reuse, policy = self._progress.counters, self.reuse, self.policy
+        if policy is not None and not policy.is_exact and not counters.kept_less:
+            raise NotEngagedError(
+                f"{type(policy).__name__} (cache) was asked for and never changed what is kept: texts had up to "
+                f"{counters.most_seen} tokens in finished blocks; write longer ones, or keep fewer tokens"
+            )
         if reuse is None or reuse.is_exact or counters.external_reused:
             return
         if not counters.passes:
@@ -452,10 +494,15 @@ class BlockLM(nn.Module):
             **asdict(counters),
             "external_share": share,
             "cache": self.cached,
+            "policy": None if self.policy is None else {"method": type(self.policy).__name__, **self.policy.values()},
             "reuse": None if self.reuse is None else self.reuse.values(),
             "interface": self._interface,
             "no_graphs": self.no_graphs,
-            "approximate": [*self.doubts, *(["attention to finished blocks is reused"] if lossy else [])],
+            "approximate": [
+                *self.doubts,
+                *(["attention to finished blocks is reused"] if lossy else []),
+                *(["finished blocks are kept in part"] if self.policy is not None and not self.policy.is_exact else []),
+            ],
         }
 
 

@@ -62,6 +62,14 @@ class Memory:
         self._finished += tokens
         self.version += 1
 
+    def crop(self, frame: int, tokens: int) -> None:
+        """The newest `tokens`, of latent frame `frame` and later ones, never came, as far as the exact tier knows."""
+        frames = self.exact.past().entries.frames
+        assert frames is not None
+        self.exact.drop(int((frames < frame).sum()), self.exact.count)
+        self._finished -= tokens
+        self.version += 1
+
     @property
     def seen(self) -> int:
         return self._finished + sum(tier.count for tier in self.renewed)

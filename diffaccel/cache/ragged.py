@@ -104,6 +104,15 @@ class ByHead:
                 if count:
                     self._groups.append((row, heads, Entries(k, v, multiplicity=((count, tokens),))))
 
+    def crop(self, token: int) -> None:
+        """Drop the entries of this token and of later ones."""
+        if (held := self.held) is not None:
+            earlier = held.there & (held.columns["token"] < token)
+            counts = tuple(tuple(map(int, row)) for row in earlier.sum(-1).tolist())
+            left = held.split(earlier.float(), counts)[0]
+            left.columns["token"].masked_fill_(~left.there, 0)  # what fills up a head names no token to come
+            self.hold(left, self.tokens_per_frame)
+
     @property
     def counts(self) -> Counts:
         return self._counts
