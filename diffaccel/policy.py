@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002
-    """A dataclass field that says what it does; `choices`, or None where that is the default, are all it takes."""
+    """A dataclass field that says what it does; `choices`, and None where its type says so, are all it takes."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -44,7 +44,7 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         for item in fields(self):
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
-            if choices is not None and not (value is None and item.default is None):
+            if choices is not None and not (value is None and type(None) in get_args(item.type)):
                 choose(value, choices, f"{type(self).__name__}.{item.name}")
 
     @classmethod

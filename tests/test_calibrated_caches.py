@@ -247,6 +247,10 @@ def test_heads_that_come_first_keep_all_as_long_as_that_fits():
     assert whole_first([0, 0], [0], 0) == [0, 0]
 
 
+def test_the_mean_of_razor_may_be_left_out():
+    assert [len(RazorAttention(**knobs).tiers(1)[0]) for knobs in ({}, {"dropped": None})] == [2, 1]
+
+
 def test_what_local_heads_lose_is_one_mean_of_razor_and_nothing_of_duo(pipe):
     held = {}
     for technique in (RazorAttention, DuoAttention):

@@ -111,7 +111,7 @@ def as_text(value: Any) -> str:
 def _part(technique: str, knob: dict[str, Any]) -> Any:
     shared = {"label": knob["name"], "info": knob["help"], "elem_id": f"knob-{technique}-{knob['name']}"}
     if knob["choices"]:
-        none = ["none"] if knob["default"] is None else []
+        none = ["none"] if knob["type"].endswith("none") else []
         return gr.Dropdown([*none, *knob["choices"]], **shared)
     if isinstance(knob["default"], bool):
         return gr.Checkbox(**shared)
