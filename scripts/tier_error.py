@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = {} if options.steps is None else {"num_inference_steps": options.steps}
         with Accel(cache=Watched())(pipe):
             pipe(
-                prompt, num_frames=options.frames, output_type="latent",
+                prompt, height=128, width=128, num_frames=options.frames, output_type="latent",
                 generator=torch.Generator().manual_seed(number), **steps,
             )  # fmt: skip
         for name, shadow in Watched.shadows.items():
