@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 from .mixer import Mixer
 
 Forward = Callable[[], Any]
-"""One forward of the model on one batch."""
+"""One forward of the model on one batch; where it calls a layer several times, as a pipeline does, the first counts."""
 
 
 class Replaced(nn.Module):
@@ -21,6 +21,11 @@ class Replaced(nn.Module):
         super().__init__()
         self.teacher, self.mixer, self.taught = layer, mixer, False
         self.seen: list[tuple[Tensor, Any, Tensor]] = []  # input, rotary tables and output of the teacher
+
+    @property
+    def processor(self) -> Mixer:
+        """What runs in place of a stock processor, by which `Accel` refuses the layer."""
+        return self.mixer
 
     def forward(self, *args: Any, **given: Any) -> Any:
         """As the layer is called by diffusers (hidden states, prompt, mask, tables) or transformers (by name)."""
