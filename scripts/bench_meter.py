@@ -5,7 +5,7 @@
 
 Times attention over queries, keys, heads, heads of keys, shares of the keys (chosen by lists of blocks) and stores
 (plain, 4 bits), and prints the rank correlation (Spearman) of the median time with equivalent operations (Kinetics:
-operations + intensity x bytes), with the roofline, with operations alone and with bytes alone. The machine's rates are
+operations + intensity x bytes), with the roofline, with the roofline of the processors that are busy, with operations alone and with bytes alone. The machine's rates are
 measured first. Arms alternate. One line a configuration goes to DIR/meter.jsonl.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from diffaccel import kernel
 from diffaccel.cache.store import make_store, row_of
 from diffaccel.kernel.block_sparse import BlockLists, block_sparse, gathered
-from diffaccel.meter import Cost, attention, measure, reading
+from diffaccel.meter import Cost, attention, busy, measure, reading
 
 FULL = {
     "dim": 128,
@@ -36,7 +36,7 @@ TOY = {
     "stored": ((8, 256), (4096,), 4),
 }
 BLOCK = 128
-Arm = tuple[Cost, Callable[[], object]]
+Arm = tuple[Cost, Callable[[], object], tuple[int, int, int]]  # queries, heads, heads of keys
 
 
 class Bench(Says):
@@ -60,6 +60,7 @@ class Bench(Says):
             found[f"{queries} x {keys}, {heads} heads of {own}"] = (
                 cost,
                 lambda q=q, k=k, v=v: self.kernel.partial(q, k, v, scale=scale),
+                (queries, heads, own),
             )
         (queries, keys), shares, heads = self.sizes["sparse"]
         q, k, v = self.draw(queries, heads), self.draw(keys, heads), self.draw(keys, heads)
@@ -72,7 +73,7 @@ class Bench(Says):
                 arm = lambda blocks=blocks: gathered(self.kernel, q, k, v, blocks, scale=scale)  # noqa: E731
             else:
                 arm = lambda blocks=blocks: block_sparse(q, k, v, blocks, scale=scale)  # noqa: E731
-            found[f"{queries} x {keys}, {share} of the keys"] = (cost, arm)
+            found[f"{queries} x {keys}, {share} of the keys"] = (cost, arm, (queries, heads, heads))
         for queries, keys in product(*self.sizes["stored"][:2]):
             heads = self.sizes["stored"][2]
             q, k, v = self.draw(queries, heads), self.draw(keys, heads), self.draw(keys, heads)
@@ -80,6 +81,7 @@ class Bench(Says):
                 attention(queries, keys, heads, self.dim, itemsize=size)
                 + reading(keys, heads, self.dim, bits=4, to=size),
                 self.stored(q, k, v, scale),
+                (queries, heads, heads),
             )
         return found
 
@@ -124,15 +126,26 @@ def main() -> None:
         machine = measure(device, bench.dtype)
         bench.say(machine.name, flops=machine.flops, memory=machine.memory, intensity=machine.intensity)
         arms = bench.arms()
-        times = medians({name: arm for name, (_, arm) in arms.items()}, options.rounds, device)
-        costs = [cost for cost, _ in arms.values()]
-        for (name, ms), cost in zip(times.items(), costs, strict=True):
-            bench.say(name, ms=ms, roofline_ms=1e3 * cost.seconds(machine), flops=cost.flops, bytes=cost.memory)
+        times = medians({name: arm for name, (_, arm, _) in arms.items()}, options.rounds, device)
+        costs = [cost for cost, _, _ in arms.values()]
+        shares = [busy(queries, heads, machine, key_heads=own) for _, _, (queries, heads, own) in arms.values()]
+        for (name, ms), cost, share in zip(times.items(), costs, shares, strict=True):
+            bench.say(
+                name,
+                ms=ms,
+                roofline_ms=1e3 * cost.seconds(machine, share),
+                busy=share,
+                flops=cost.flops,
+                bytes=cost.memory,
+            )
         measured = list(times.values())
         bench.say(
             f"rank correlation with time, {len(costs)} configurations",
             eflops=spearman([cost.eflops(machine) for cost in costs], measured),
             roofline=spearman([cost.seconds(machine) for cost in costs], measured),
+            busy_roofline=spearman(
+                [c.seconds(machine, share) for c, share in zip(costs, shares, strict=True)], measured
+            ),
             flops_alone=spearman([cost.flops for cost in costs], measured),
             bytes_alone=spearman([cost.memory for cost in costs], measured),
         )

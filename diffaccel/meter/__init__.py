@@ -3,6 +3,7 @@
 from .cost import (
     Cost,
     attention,
+    busy,
     kinetics,
     passes,
     progressive,
@@ -20,6 +21,7 @@ __all__ = [
     "Machine",
     "attention",
     "attention_of",
+    "busy",
     "kinetics",
     "measure",
     "passes",

@@ -12,12 +12,13 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Machine:
     """Floating-point operations a second in matrix products, bytes a second of its memory, read and written, and of the
-    link to the host's memory; 0 where there is no link."""
+    link to the host's memory; 0 where there is no link. `processors` work side by side."""
 
     name: str
     flops: float
     memory: float
     link: float = 0.0
+    processors: int = 1
 
     @property
     def intensity(self) -> float:
@@ -30,7 +31,7 @@ class Machine:
         return self.flops / self.link if self.link else 0.0
 
 
-MACHINES = {"h200": Machine("NVIDIA H200, bfloat16", 795e12, 4.24e12)}
+MACHINES = {"h200": Machine("NVIDIA H200, bfloat16", 795e12, 4.24e12, processors=132)}
 """Measured: a product of 8192 x 8192 matrices, and a copy on the device. Others by `measure`."""
 
 _ROUNDS = 5
@@ -46,12 +47,13 @@ def measure(device: torch.device, dtype: torch.dtype | None = None) -> Machine:
     given = torch.empty(count, dtype=torch.uint8, device=device)
     taken = torch.empty_like(given)
     memory = 2 * count / _best(lambda: taken.copy_(given), device)
-    link = 0.0
+    link, processors = 0.0, 1
     if cuda:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
         host = torch.empty(count, dtype=torch.uint8, pin_memory=True)
         link = count / _best(lambda: taken.copy_(host, non_blocking=True), device)
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return Machine(f"{name}, {str(dtype).removeprefix('torch.')}", flops, memory, link)
+    return Machine(f"{name}, {str(dtype).removeprefix('torch.')}", flops, memory, link, processors)
 
 
 def _best(work: Callable[[], Tensor], device: torch.device) -> float:
