@@ -5,8 +5,9 @@
 
 Times attention over queries, keys, heads, heads of keys, shares of the keys (chosen by lists of blocks) and stores
 (plain, 4 bits), and prints the rank correlation (Spearman) of the median time with equivalent operations (Kinetics:
-operations + intensity x bytes), with the roofline, with the roofline of the processors that are busy, with operations alone and with bytes alone. The machine's rates are
-measured first. Arms alternate. One line a configuration goes to DIR/meter.jsonl.
+operations + intensity x bytes), with the roofline, with that of the processors that are busy, with operations alone and
+with bytes alone. The machine's rates are measured first. Arms alternate. One line a configuration goes to
+DIR/meter.jsonl.
 """
 
 import argparse

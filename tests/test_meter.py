@@ -14,6 +14,7 @@ from diffaccel.meter import (
     Cost,
     Machine,
     attention,
+    busy,
     attention_of,
     kinetics,
     measure,
@@ -176,3 +177,15 @@ def test_a_machine_is_measured():
     assert machine.link == 0
     assert "float32" in machine.name
     assert 180 < MACHINES["h200"].intensity < 195
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "own", "share"),
+    [(1, 12, 12, 12 / 132), (32, 32, 8, 8 / 132), (33, 32, 8, 16 / 132), (1560, 12, 12, 156 / 264), (128, 132, 132, 1)],
+)
+def test_few_queries_leave_processors_idle(queries, heads, own, share):
+    machine = Machine("a machine", 100.0, 10.0, processors=132)
+    assert busy(queries, heads, machine, key_heads=own) == pytest.approx(share)
+    work, bytes_read = Cost(flops=200), Cost(memory=30)
+    assert work.seconds(machine, share) == pytest.approx(2 / share)
+    assert bytes_read.seconds(machine, share) == pytest.approx(3 / min(1, 2 * share))
