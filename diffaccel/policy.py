@@ -39,6 +39,7 @@ class Policy(ABC):
     summary: ClassVar[str]
     exact: ClassVar[dict[str, Any]]  # knob values at which the technique is dense attention
     needs: ClassVar[str] = "nothing"  # before it can run on a model: "nothing" or a "calibration" of its own
+    least_steps: ClassVar[int] = 1  # denoising steps below which it is refused
     needs_blocks: ClassVar[bool] = False  # only block-causal generation has earlier blocks to keep or reuse
 
     def __post_init__(self) -> None:
@@ -142,6 +143,11 @@ class ReusePolicy(Policy):
 
         Where several devices share the model (`run.spread`) the queries are a device's own, of all heads.
         """
+        return compute()
+
+    def forward(self, latents: Tensor, site: "Site", run: "Run", compute: Callable[[], Any]) -> Any:
+        """A whole forward of the denoiser on latents (B, ...), at `site` (of no layer yet): computed, or what was kept
+        of an earlier one (`run.skip` counts it)."""
         return compute()
 
     def looks_first(self, site: "Site", run: "Run") -> bool:

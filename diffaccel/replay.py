@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .site import Part, Site
 
 
+_LOOKS = ("cross", "saw", "forward")
+"""What a reuse policy does beside its answer; where it does, Python decides at every forward."""
+
+
 @dataclass(frozen=True)
 class Counted:
     """What one call counted."""
@@ -50,7 +54,7 @@ def key(run: "Run", grid: "Grid", text: Tensor) -> Hashable | None:
     if prompt is not None and type(prompt).near is not PromptPolicy.near:
         return None
     if reuse is not None and (
-        reuse.extrapolate or type(reuse).cross is not ReusePolicy.cross or type(reuse).saw is not ReusePolicy.saw
+        reuse.extrapolate or any(vars(ReusePolicy)[name] is not getattr(type(reuse), name) for name in _LOOKS)
     ):
         return None
     read = run.prepare_prompt(text)

@@ -218,6 +218,28 @@ class Run:
         finally:
             self._looking, self._apart, self._where = False, "", before
 
+    def forward(self, latents: Tensor, compute: Callable[[], Any]) -> Any:
+        """The output of the forward that was entered: computed, or kept of an earlier one."""
+        reuse = self.accel.reuse
+        return compute() if reuse is None else reuse.forward(latents, self._where, self, compute)
+
+    def skip(self) -> None:
+        """Count the forward that was entered as one that is not made: its self-attention reads nothing."""
+        for layer, part in [*self._layers]:
+            if part == "self":
+                site = self.site(layer, part)
+                self.close(Call(self, site, 1, engaged={"reuse": 1}), keys=site.grid.tokens)
+
+    @property
+    def versions(self) -> int:
+        """Another number whenever anything that is kept of earlier blocks changed."""
+        return sum(memory.version for memory in self._memories.values())
+
+    @property
+    def prompt_number(self) -> int | None:
+        """Of the prompt that the forward sees; None if it cannot be told from others."""
+        return self._prompt
+
     def leave(self) -> None:
         """The forward ended: a finished block is committed, outside of compiled code and all layers at once."""
         if self.recording:
@@ -354,9 +376,7 @@ class Run:
             frames = site.grid.frames if self.extent is None else self.extent.block.frames  # the first may be short
             block = replace(site.grid, frames=frames)
             tokens = self.cache.expected_tokens(self._video_frames * site.grid.tokens_per_frame, block)
-            self._memories[key] = Memory(
-                tokens, self.cache.sample if self.cache.needs_queries else None, self.observer
-            )
+            self._memories[key] = Memory(tokens, self.cache.sample if self.cache.needs_queries else None, self.observer)
             self._memories[key].exact.lasting.shared = self.scratch("selection", site.branch)
         return self._memories[key]
 

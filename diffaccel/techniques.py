@@ -8,6 +8,7 @@ from .cache.host import HostCache
 from .cache.lazy_eviction import LazyEviction
 from .cache.razor_attention import RazorAttention
 from .cache.remote import RemoteCache
+from .cache.rkv import RKV
 from .cache.sink_recent import RollingRebased, SinkRecent
 from .cache.snapkv import SnapKV
 from .cache.task_kv import TaskKV
@@ -20,6 +21,7 @@ from .policy import Policy
 from .prompt.annca import AnnCA
 from .prompt.pad_collapse import PadCollapse
 from .reuse.flashblock import FlashBlock
+from .reuse.flow_cache import FlowCache
 from .reuse.full_field_guide import FullFieldGuide
 from .selection.annsa import AnnSA
 from .selection.head_shard import HeadShard
@@ -45,6 +47,7 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SnapKV,
     H2O,
     CAKE,
+    RKV,
     TaskKV,
     LazyEviction,
     TriAttention,
@@ -62,6 +65,7 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     SpAttenCascade,
     MassRouter,
     FlashBlock,
+    FlowCache,
     FrameWindow,
     InwardWindow,
     NeighborhoodAttention,
@@ -73,11 +77,13 @@ TECHNIQUES: tuple[type[Policy], ...] = (
 __all__ = [
     "CAKE",
     "H2O",
+    "RKV",
     "AnnCA",
     "AnnSA",
     "CompressKV",
     "DuoAttention",
     "FlashBlock",
+    "FlowCache",
     "FrameWindow",
     "FullFieldGuide",
     "HeadShard",

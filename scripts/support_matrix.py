@@ -46,11 +46,12 @@ def ask(family: Family, technique: type[Policy], dense: torch.Tensor) -> dict[st
         why = "with `sink_frames=0`: the only frame is the first"
     pipe = family.pipe()
     lossy = fitted(lossy, pipe)
+    few = FEW | {"steps": max(FEW["steps"], technique.least_steps)}
     try:
         with exact(pipe):
             same = family.generate(pipe, **FEW)
         with lossy(pipe):  # an error if it never engages
-            found = family.generate(pipe, **FEW)
+            found = family.generate(pipe, **few)
     except UnsupportedError as error:
         return {"takes": "no", "why": str(error).replace(type(pipe).__name__, family.name)}
     assert torch.isfinite(found).all()

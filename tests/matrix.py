@@ -7,12 +7,14 @@ from profiles import profile_of
 from diffaccel import (
     CAKE,
     H2O,
+    RKV,
     Accel,
     AnnCA,
     AnnSA,
     CompressKV,
     DuoAttention,
     FlashBlock,
+    FlowCache,
     FrameWindow,
     FullFieldGuide,
     HeadShard,
@@ -52,6 +54,11 @@ class Row:
     @property
     def name(self) -> str:
         return "+".join(type(policy).__name__ for policy in self.exact.policies().values())
+
+    @property
+    def steps(self) -> int:
+        """Of denoising that all techniques take."""
+        return max(4, *(policy.least_steps for policy in self.exact.policies().values()))
 
 
 MATRIX = [
@@ -126,6 +133,12 @@ MATRIX = [
     Row(
         Accel(cache=SnapKV(budget=None), reuse=FlashBlock(refresh=1)),
         Accel(cache=SnapKV("5 frames", sink_frames=0, dropped="mean"), reuse=FlashBlock(refresh=2)),
+    ),
+    Row(Accel(cache=RKV(budget=None)), Accel(cache=RKV("5 frames", recent_frames=2, balance=0.5))),
+    Row(Accel(reuse=FlowCache(threshold=0.0)), Accel(reuse=FlowCache(0.2, warmup=2))),
+    Row(
+        Accel(reuse=FlowCache(threshold=0.0), cache=SnapKV(budget=None)),
+        Accel(reuse=FlowCache(0.2, warmup=2), cache=SnapKV("5 frames")),
     ),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=2))),
     Row(Accel(reuse=FlashBlock(refresh=1)), Accel(reuse=FlashBlock(refresh=(0, 2), clean_pass="reuse"))),

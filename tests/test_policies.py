@@ -1,6 +1,7 @@
 """What holds for every technique, alone and composed, in whole generations of a small causal pipeline."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -36,7 +37,12 @@ def generate(pipe, accel, prompts=PROMPTS, seeds=(0, 1), guidance=2.0, **changes
 
 @pytest.fixture(scope="module")
 def dense(pipe):
-    return generate(pipe, Accel())[0]
+    """The dense video of so many steps."""
+    return cache(lambda steps: generate(pipe, Accel(), num_inference_steps=steps)[0])
+
+
+def of(pipe, row, accel, **changes):
+    return generate(pipe, accel, num_inference_steps=row.steps, **changes)
 
 
 def test_every_technique_is_in_the_matrix():
@@ -46,20 +52,20 @@ def test_every_technique_is_in_the_matrix():
 
 @every
 def test_exact_setting_is_dense_attention(pipe, dense, row):
-    found, run = generate(pipe, row.exact)
+    found, run = of(pipe, row, row.exact)
     assert all(policy.is_exact for policy in row.exact.policies().values())
     assert all(slot.engaged for slot in run.report().slots.values())
     if row.bits:
-        assert torch.equal(found, dense)
+        assert torch.equal(found, dense(row.steps))
     else:
-        torch.testing.assert_close(found, dense, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, dense(row.steps), atol=1e-4, rtol=0)
 
 
 @lossy
 def test_lossy_setting_is_finite_different_and_counted(pipe, dense, row):
-    found, run = generate(pipe, row.lossy)
+    found, run = of(pipe, row, row.lossy)
     assert torch.isfinite(found).all()
-    assert (found - dense).abs().max() > 1e-4
+    assert (found - dense(row.steps)).abs().max() > 1e-4
     for slot, counts in run.report().slots.items():
         assert counts.engaged
         assert 0 < counts.keys_read < counts.keys_total + row.reads_all, slot
@@ -71,43 +77,44 @@ def test_leaving_restores_bit_for_bit(pipe, dense, row):
     processors = [a.processor for b in pipe.transformer.blocks for a in (b.attn1, b.attn2)]
     attributes = set(vars(pipe.transformer))
     hooks = len(pipe.transformer.rope._forward_hooks)
-    generate(pipe, row.lossy or row.exact)
+    of(pipe, row, row.lossy or row.exact)
     assert [a.processor for b in pipe.transformer.blocks for a in (b.attn1, b.attn2)] == processors
     assert set(vars(pipe.transformer)) == attributes
     assert len(pipe.transformer.rope._forward_hooks) == hooks
-    assert torch.equal(generate(pipe, Accel())[0], dense)
+    assert torch.equal(of(pipe, row, Accel())[0], dense(row.steps))
 
 
 @lossy
 def test_same_seed_same_bits_and_runs_share_nothing(pipe, row):
-    first, run = generate(pipe, row.lossy)
-    generate(pipe, row.lossy, seeds=(5, 6))
-    again, other = generate(pipe, row.lossy)
+    first, run = of(pipe, row, row.lossy)
+    of(pipe, row, row.lossy, seeds=(5, 6))
+    again, other = of(pipe, row, row.lossy)
     assert torch.equal(first, again)
     assert run.report().slots == other.report().slots
 
 
 @lossy
 def test_a_batch_row_equals_the_row_alone(pipe, row):
-    both, _ = generate(pipe, row.lossy)
+    both, _ = of(pipe, row, row.lossy)
     for index in range(2):
-        alone, _ = generate(pipe, row.lossy, prompts=[PROMPTS[index]], seeds=(index,))
+        alone, _ = of(pipe, row, row.lossy, prompts=[PROMPTS[index]], seeds=(index,))
         torch.testing.assert_close(alone[0], both[index], atol=1e-4, rtol=0)
 
 
 @lossy
 def test_guidance_branches_are_isolated(pipe, row):
     """With a guidance scale of 1 + tiny the unconditional branch must not leak into the conditional one."""
-    conditional, _ = generate(pipe, row.lossy, guidance=1.0)
-    guided, _ = generate(pipe, row.lossy, guidance=1.0 + 1e-7)
+    conditional, _ = of(pipe, row, row.lossy, guidance=1.0)
+    guided, _ = of(pipe, row, row.lossy, guidance=1.0 + 1e-7)
     torch.testing.assert_close(guided, conditional, atol=1e-4, rtol=0)
 
 
 @lossy
 def test_two_generations_in_one_run_do_not_mix(pipe, row):
-    alone, _ = generate(pipe, row.lossy)
+    alone, _ = of(pipe, row, row.lossy)
     with row.lossy(pipe):
-        settings = {"height": 32, "width": 48, "num_frames": 33, "num_inference_steps": 4, "output_type": "latent"}
+        size = {"height": 32, "width": 48, "num_frames": 33}
+        settings = size | {"num_inference_steps": row.steps, "output_type": "latent"}
         for seeds in ((7, 8), (0, 1)):
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             last = pipe(PROMPTS, generator=generators, guidance_scale=2.0, **settings).frames
@@ -274,6 +281,10 @@ BAD = [
     ("CompressKV", {"least": 2}, "least=2"),
     ("CompressKV", {"most": 0.5}, "most=0.5"),
     ("TCAStyle", {"side": 0}, "side=0"),
+    ("FlowCache", {"threshold": -0.1}, "threshold=-0.1"),
+    ("FlowCache", {"warmup": 0}, "warmup=0"),
+    ("RKV", {"balance": 2}, "balance=2"),
+    ("RKV", {"pool": 2}, "pool=2"),
     ("SnapKV", {"pool": 2}, "pool is an odd number >= 1, got pool=2"),
     ("CAKE", {"pool": 0}, "pool=0"),
     ("CAKE", {"tau1": 0}, "tau1=0"),

@@ -18,8 +18,7 @@ from diffaccel.spread import Spread, devices_of
 from . import step_caches
 from ._diffusers import HookRegistry, ModelHook, StateManager
 from .plans import is_split_by, plan_of, splits_text
-
-HOOK = "diffaccel.root"
+from .step_caches import HOOK
 
 
 class ToSeam:
@@ -199,6 +198,10 @@ class RootHook(ModelHook):
                     return f"branch {number}"
         self.prompts.append(weakref.ref(prompt))
         return f"branch {len(known)}"
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        latents = {**dict(zip(self.arguments, args, strict=False)), **kwargs}["hidden_states"]
+        return self.run.forward(latents, lambda: self.fn_ref.original_forward(*args, **kwargs))
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.run.leave()

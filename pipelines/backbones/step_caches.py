@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffaccel.errors import UnsupportedError
+from diffaccel.reuse.flow_cache import FEWEST_STEPS
 from diffaccel.run import Run
 
 from ._diffusers import StateManager
 
-FEWEST_STEPS = 10
-"""Denoising steps below which a step cache finds nothing to skip: in few-step checkpoints no two steps are alike."""
+HOOK = "diffaccel.root"
+"""Of the run itself, on the root of a denoiser."""
 
 
 def refuse(denoiser: Any, run: Run, steps: int = 0, branches: int = 1) -> None:
@@ -62,8 +63,8 @@ def _hooks(denoiser: Any) -> Iterator[tuple[Any, Any]]:
     """What stands in for a forward by what it remembers, and the module it is on."""
     for module in denoiser.modules():
         registry = vars(module).get("_diffusers_hook")
-        for hook in () if registry is None else registry.hooks.values():
-            if hasattr(hook, "new_forward") and (hook._is_stateful or _manager(hook)):
+        for label, hook in () if registry is None else registry.hooks.items():
+            if label != HOOK and hasattr(hook, "new_forward") and (hook._is_stateful or _manager(hook)):
                 yield module, hook
 
 
