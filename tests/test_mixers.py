@@ -536,6 +536,15 @@ def test_teaching_brings_a_gate_to_its_rate(kind, settings):
         assert float(mixer.penalty().detach()) < 0.2 * before
 
 
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_model_in_low_precision_has_mixers_in_fp32(kind):
+    model, x = Model().bfloat16(), torch.randn(2, 16, WIDTH).bfloat16()
+    with convert(model, ["layers.0"], kind) as made:
+        distil(made, [partial(model, x)])
+        assert {p.dtype for p in made["layers.0"].mixer.parameters()} == {torch.float32}
+        assert model(x).dtype == torch.bfloat16
+
+
 def test_what_is_no_attention_is_refused():
     model = Model()
     with pytest.raises(UnsupportedError, match=r"Model has no layer layers\.7"), convert(model, ["layers.7"], Based):

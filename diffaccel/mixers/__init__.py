@@ -1,4 +1,7 @@
-"""Layers in place of attention, which need training: mixers, and how one is put in and taught."""
+"""Layers in place of attention, which need training: mixers, and how one is put in and taught.
+
+`samples/mixers/README.md` says what each is and how near it comes.
+"""
 
 from .attention_gate import AttentionGate
 from .based import Based, TaylorTier

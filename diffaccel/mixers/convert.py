@@ -19,7 +19,9 @@ class Replaced(nn.Module):
 
     def __init__(self, layer: nn.Module, mixer: Mixer) -> None:
         super().__init__()
-        self.teacher, self.mixer, self.taught = layer, mixer, False
+        given = next(layer.parameters())
+        self.wide = torch.promote_types(given.dtype, torch.float32)  # what it learns and computes in
+        self.teacher, self.mixer, self.taught = layer, mixer.to(given.device, self.wide).eval(), False
         self.seen: list[tuple[Tensor, Any, Tensor]] = []  # input, rotary tables and output of the teacher
 
     @property
@@ -40,8 +42,13 @@ class Replaced(nn.Module):
             out = self.teacher(*args, **given)
             self.seen.append((x, pos, out[0] if named else out))
             return out
-        out, _ = self.mixer(x, None, pos)
+        out = self.student(x, pos).to(x.dtype)
         return (out, None) if named else out
+
+    def student(self, x: Tensor, pos: Any) -> Tensor:
+        """What the mixer answers, in fp32 or wider."""
+        out: Tensor = self.mixer(x.to(self.wide), None, pos)[0]
+        return out
 
 
 @contextmanager
@@ -99,8 +106,7 @@ def errors(replaced: dict[str, Replaced], data: Iterable[Forward]) -> dict[str, 
     rows: dict[str, list[float]] = {name: [] for name in replaced}
     for forward in data:
         for name, (x, pos, wanted) in observe(replaced, forward).items():
-            mixer = replaced[name].mixer.eval()
-            rows[name].append(float(error(mixer(x, None, pos)[0], wanted)))
+            rows[name].append(float(error(replaced[name].student(x, pos), wanted)))
     return {name: sum(row) / len(row) for name, row in rows.items()}
 
 
@@ -116,8 +122,9 @@ def distil(replaced: dict[str, Replaced], data: Iterable[Forward], lr: float = 1
         loss = torch.zeros(())
         for name, (x, pos, wanted) in observe(replaced, forward).items():
             mixer = replaced[name].mixer.train()
-            found, _ = mixer(x, None, pos)
+            found = replaced[name].student(x, pos)
             loss = loss.to(found) + error(found, wanted) + mixer.penalty()
+            mixer.eval()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
