@@ -1,14 +1,17 @@
 """Teach every mixer what attention layers of the bundled models compute, and write down how near it comes.
 
-    python scripts/distil_mixers.py --out samples/mixers                    # some ten minutes on one CPU core
+    python scripts/distil_mixers.py --out samples/mixers                    # half an hour on a busy CPU core
     python scripts/distil_mixers.py --out out/mixers --only Based --steps 20 --seeds 1
+
+Arms that the folder's `mixers.json` has at these steps and seeds are not taught again; all are timed anew.
 
 Two layers of each model, taught apart from the rest of it: a step of Adam is the input and the output of the layer in
 one forward of the model. Video: `tiny-world` with its stock pipeline, 17 frames of 128x128 (320 tokens, all see each
 other), one denoising step of one prompt. Text: `tiny-lm`, 4 documents of 256 tokens in blocks of 8, those of the last
 block masked. `error` is the mean square of the difference to the layer's output over that of the output, on other
 prompts and documents; 1 is what an output of zeros has. `state` is what a mixer keeps of 256 tokens of text over what
-their keys and values take. `ms` is one forward of a layer of the video model in float32, median of 3.
+their keys and values take. `ms` is one forward of a layer of the video model in float32, the least of 5 rounds that
+alternate.
 """
 
 import argparse
@@ -175,13 +178,15 @@ def learn(
 
 
 @torch.no_grad()
-def milliseconds(mixer: Callable[[Tensor], Any], length: int, width: int) -> float:
-    x, times = torch.randn(1, length, width), []
-    for _ in range(4):
-        start = time.perf_counter()
-        mixer(x)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+def milliseconds(layers: dict[str, nn.Module], length: int, width: int) -> dict[str, float]:
+    x = torch.randn(1, length, width)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(5):
+        for name, layer in layers.items():
+            start = time.perf_counter()
+            layer(x)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: min(each) for name, each in times.items()}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -200,7 +205,8 @@ def table(found: dict[str, Any]) -> str:
                 wide = f" ({min(values):.3f} to {max(values):.3f})" if when and len(values) > 1 else ""
                 cells.append(mean + wide)
         cells.append(f"{row['text'][0][2]:.2f}" if "text" in row else "1.00")
-        cells += ["" if ms is None else f"{ms:.1f}" for ms in row["ms"]]
+        times = [found["ms"][str(length)].get(name) for length in LENGTHS]
+        cells += ["" if ms is None else f"{ms:.1f}" for ms in times]
         lines.append(f"| {' | '.join(cells)} |")
     how = (
         f"{found['steps']} steps, learning rate 1e-3, seeds 0 to {found['seeds'] - 1} (mean, and least to most after), "
@@ -220,28 +226,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"video": (*video(), None), "text": (*text(), BLOCK)}
     teacher: Any = settings["video"][0].get_submodule(f"blocks.{LAYERS[0]}.attn1")
     width = teacher.to_q.in_features
-    found: dict[str, Any] = {"steps": options.steps, "seeds": options.seeds, "machine": f"{platform.machine()} CPU"}
-    found |= {"torch": torch.__version__, "arms": {}}
-    plain = [milliseconds(teacher, length, width) for length in LENGTHS]
-    found["arms"]["the layer itself"] = {"ms": plain}
+    how = {"steps": options.steps, "seeds": options.seeds, "machine": f"{platform.machine()} CPU"}
+    how["torch"] = torch.__version__
+    found: dict[str, Any] = how | {"arms": {"the layer itself": {}}}
+    file = options.out / "mixers.json"
+    if file.is_file() and how.items() <= (before := json.loads(file.read_text())).items():
+        found["arms"] = before["arms"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    layers: dict[str, nn.Module] = {"the layer itself": teacher}
     for name, make in ARMS.items():
         if options.only not in name:
             continue
-        row: dict[str, Any] = {}
-        for kind, (model, calls, test, block) in settings.items():
-            row[kind] = [learn(model, calls, test, make, block, options.steps, seed) for seed in range(options.seeds)]
-        mixer = make(teacher).eval()
-        most = 1024 if make is LocalLinear else max(LENGTHS)  # its moments at 4096 tokens take gigabytes
-        row["ms"] = [milliseconds(mixer, length, width) if length <= most else None for length in LENGTHS]
-        found["arms"][name] = row
-        print(name, row, flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "mixers.json").write_text(json.dumps(found, indent=1) + "\n")
+        if name not in found["arms"]:
+            found["arms"][name] = {
+                kind: [learn(model, calls, test, make, block, options.steps, seed) for seed in range(options.seeds)]
+                for kind, (model, calls, test, block) in settings.items()
+            }
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, found["arms"][name], flush=True)
+        layers[name] = make(teacher).eval()
+    found["arms"] = {name: found["arms"][name] for name in ("the layer itself", *ARMS) if name in found["arms"]}
+    found["ms"] = {}
+    for length in LENGTHS:
+        if length > 1024:
+            layers.pop("LocalLinear", None)  # its moments take gigabytes there
+        found["ms"][str(length)] = milliseconds(layers, length, width)
+    file.write_text(json.dumps(found, indent=1) + "\n")
     readme = options.out / "README.md"
     if readme.is_file():
-        before, _, rest = readme.read_text().partition(BEGIN)
+        head, _, rest = readme.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        readme.write_text(before + BEGIN + table(found) + END + after)
+        readme.write_text(head + BEGIN + table(found) + END + after)
     print(table(found))
     return 0
 
