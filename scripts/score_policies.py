@@ -87,7 +87,9 @@ def answer(model: BlockLM, prompt: torch.Tensor, mask: int, threshold: float, mo
     for stop in range(start // block * block + block, len(ids) + 1, block):
         own = slice(stop - block, stop)
         while bool((hidden := ids[own] == mask).any()):
-            sure, token = model(ids[None, :stop]).logits[0].softmax(-1).max(-1)
+            logits = model(ids[None, :stop].to(model.device)).logits[0].cpu()
+            logits[:, mask] = -torch.inf  # else a block may stay hidden for ever
+            sure, token = logits.softmax(-1).max(-1)
             sure = sure.masked_fill(~hidden, -1)
             chosen = (sure > threshold) | (sure == sure.max())
             ids[own] = torch.where(chosen & hidden, token, ids[own])
@@ -108,7 +110,7 @@ def judge(model: BlockLM, task: str, options: argparse.Namespace, mask: int, usu
             if blind:
                 block = model.block_length  # what the passes over the table are made from ends before the question
                 whole = (documents.start - 5) // block * block
-                model(torch.cat([ids[:whole], torch.full((block,), mask)])[None])
+                model(torch.cat([ids[:whole], torch.full((block,), mask)])[None].to(model.device))
             for number, (prompt, text) in enumerate(prompts):
                 right = score(text, answer(model, prompt, mask, usual["threshold"], ANSWER + 4))
                 found["blind" if blind else "next" if number else "seen"].append(right)

@@ -2,19 +2,22 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from diffaccel import SnapKV
 from diffaccel.cli import app
-from diffaccel.pipelines.block_lm import TokenCount
+from diffaccel.pipelines.block_lm import BlockLM, TokenCount
 from diffaccel.pipelines.loading import BUNDLED_MODELS, BUNDLED_TEXT_MODEL, LoadError, bundled_text_model
 from diffaccel.settings import UsageError
 from diffaccel.text import compare, load, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from score_policies import judge
 from score_tiny_lm import Setting, score_task
 from text_quality import Arm, arms, table
 from tiny_lm.tasks import held_out, score, solve, to_text
@@ -75,6 +78,16 @@ def test_reuse_is_reported_and_the_answer_still_right(model, dirty):
         assert written.report["external_reused"] > 0
         assert 0.4 < written.report["external_share"] < 0.7
         assert score(prompt, written.text) == 1
+
+
+def test_one_table_answers_several_questions_unless_its_tokens_were_dropped(model):
+    options = Namespace(documents=2, questions=2, length=160, entries=48)
+    whole, cut = (
+        judge(BlockLM(model.lm, 8, cache=cache), "recall", options, model.tokenizer.mask_token_id, model.usual)
+        for cache in (True, SnapKV(budget=32, recent_frames=16, sink_frames=4))
+    )
+    assert whole == {"seen": 1, "next": 1, "blind": 1}
+    assert max(cut.values()) < 1
 
 
 def test_the_arms_of_the_study_differ_in_what_changed_tokens_read(model):
