@@ -87,7 +87,8 @@ class FlowCache(ReusePolicy):
 
     def bytes_held(self, run: "Run") -> int:
         kept = [notes["kept"] for notes in run.all_scratch("reuse") if "kept" in notes]
-        return sum(x.numel() * x.element_size() for one in kept for x in (one.latents, one.output[0]))
+        held = [x for one in kept for x in (one.latents, one.output[0]) if x is not None]  # a clean pass may give none
+        return sum(x.numel() * x.element_size() for x in held)
 
     def why_idle(self, run: "Run") -> str:
         least = min((notes["least"] for notes in run.all_scratch("reuse") if "least" in notes), default=None)
