@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 
@@ -70,16 +71,15 @@ def find() -> Found:
 
 
 def table(found: Found) -> str:
-    """A row a family, a column a group of techniques that fare alike everywhere; reasons below."""
+    """A row a family, a column a group of techniques that fare alike everywhere, listed above; reasons below."""
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name in (technique.__name__ for technique in TECHNIQUES):
         fares = tuple((of[name]["takes"], reason(of[name]["why"])) for of in found.values())
         groups.setdefault(fares, []).append(name)
+    columns = list(zip(ascii_uppercase, groups.values(), strict=False))
     reasons: list[str] = []
-    lines = [
-        "| family | " + " | ".join(", ".join(f"`{name}`" for name in names) for names in groups.values()) + " |",
-        "|---" * (1 + len(groups)) + "|",
-    ]
+    lines = [f"* **{letter}**: {', '.join(f'`{name}`' for name in names)}" for letter, names in columns]
+    lines += ["", f"| family | {' | '.join(letter for letter, _ in columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row, family in enumerate(found):
         cells = []
         for takes, why in (fares[row] for fares in groups):

@@ -13,6 +13,7 @@ from diffaccel.support import support
 from diffaccel.techniques import TECHNIQUES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+import methods_table
 import support_matrix
 
 
@@ -24,6 +25,10 @@ def found():
 def test_readme_and_package_say_what_was_found(found):
     for path, text in support_matrix.written(found).items():
         assert path.read_text() == text, f"{path.name} is out of date: run scripts/support_matrix.py"
+
+
+def test_readme_lists_every_technique():
+    assert methods_table.table() in methods_table.README.read_text(), "run scripts/methods_table.py"
 
 
 def test_an_exact_setting_that_is_not_dense_is_told(monkeypatch):
