@@ -82,7 +82,6 @@ ARMS: dict[str, Callable[..., Mixer]] = {
     "Lightning": partial(Lightning, depth=0.5),
     "Lightning2": partial(Lightning2, depth=0.5),
     "Based": Based,
-    "LocalLinear": LocalLinear,
     "CCA, half of the heads": CCA,
     "CCA, half, one for keys (CCGQA)": partial(CCA, kv_heads=1),
     "Titans, linear": Titans,
@@ -91,6 +90,7 @@ ARMS: dict[str, Callable[..., Mixer]] = {
     "AttentionGate, half kept": AttentionGate,
     "FluxRouter, 0 dense": partial(FluxRouter, density=0.0),
     "Cis, half read": Cis,
+    "LocalLinear": LocalLinear,
 }
 
 Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]

@@ -30,7 +30,7 @@ class Moments(NamedTuple):
         top = scores.amax(-1).detach()
         w = (scores - top[..., None]).exp()
         total, kw, vw = w.sum(-1), torch.einsum("bshn,bnhd->bshd", w, k), torch.einsum("bshn,bnhe->bshe", w, v)
-        kk, kv = (torch.einsum("bshn,bnhde->bshde", w, k[..., None] * x[..., None, :]) for x in (k, v))
+        kk, kv = _products(w, k, k), _products(w, k, v)
         wz = kw - total[..., None] * q
         wzz = kk - q[..., None] * kw[..., None, :] - wz[..., None] * q[..., None, :]
         return cls(top, total, wz, wzz, vw, kv - q[..., None] * vw[..., None, :])
@@ -55,6 +55,13 @@ class Moments(NamedTuple):
         total = self.w - (self.wz * rho[..., 0]).sum(-1)
         out = (self.wv - (self.wzv * rho).sum(-2)) / total[..., None]
         return Partial(out, (self.w.log() + self.top).float())
+
+
+def _products(w: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    """sum_n w_n k_n x_n^T (B, S, H, D, E), by whichever of the two orders holds less at once."""
+    if w.shape[1] < k.shape[-1]:
+        return torch.einsum("bshnd,bnhe->bshde", w[..., None] * k.transpose(1, 2)[:, None], x)
+    return torch.einsum("bshn,bnhde->bshde", w, k[..., None] * x[..., None, :])
 
 
 class LocalLinearTier:
