@@ -31,10 +31,15 @@ from .cache.tri_attention import TriAttention
 from .errors import KnobError, NotEngagedError, UnsupportedError
 from .gates import GateLearner
 from .kernel import Partial, merge
+from .overlap import OverlapRecorder
 from .policy import Answer, ReusePolicy, Selector
 from .profile import Axes, Model, Profile, Tables
+from .profiled import Profiled
 from .reuse.flashblock import TABLES, FlashBlock
 from .selection.annsa import AnnSA
+from .selection.borrowed import Borrowing
+from .selection.hylra import HyLRA
+from .selection.lychee_decode import LycheeDecode
 from .selection.recall import mass_read
 
 if TYPE_CHECKING:
@@ -42,10 +47,10 @@ if TYPE_CHECKING:
     from .run import Run
     from .site import Site
 
-Method = AnnSA | FlashBlock | Calibrated
+Method = AnnSA | FlashBlock | Calibrated | Borrowing
 METHODS: dict[str, type[Method]] = {
     method.__name__.lower(): method
-    for method in (AnnSA, FlashBlock, TriAttention, RazorAttention, DuoAttention, CompressKV)
+    for method in (AnnSA, FlashBlock, TriAttention, RazorAttention, DuoAttention, CompressKV, HyLRA, LycheeDecode)
 }
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 PROMPTS = (
@@ -84,6 +89,7 @@ def calibrate(
     to the outside moved since each of the last `GAPS` steps, as the mean cosine of outputs, the mean distance of
     log-sum-exps, and the error of the whole output if it were reused, root mean square, over the layer's own. For
     caches: what they say of themselves, over probes of the clean passes; for DuoAttention gates are learned instead.
+    For HyLRA and LycheeDecode: how alike the choices of layers and steps are.
 
     Args:
         policy: the method with the knobs it will run with; those that the profile is to tell stay at their defaults.
@@ -105,11 +111,13 @@ def calibrate(
             f"a profile is of one denoiser, and {type(pipe).__name__} has {len(denoisers)}: "
             "name the layers (selection.layers) or steps (reuse.refresh) instead"
         )
-    recorder: Recorder | DriftRecorder | LookRecorder | GateLearner
+    recorder: Recorder | DriftRecorder | LookRecorder | GateLearner | OverlapRecorder
     if isinstance(policy, DuoAttention):
         recorder = GateLearner(policy=policy)
     elif isinstance(policy, Calibrated):
         recorder = LookRecorder(policy=policy, probes=policy.probes)
+    elif isinstance(policy, Borrowing):
+        recorder = OverlapRecorder(policy)
     elif isinstance(policy, AnnSA):
         recorder = Recorder(tuple(replace(policy, density=density) for density in sorted(set(densities))))
     else:
@@ -142,7 +150,7 @@ def calibrate(
 
 
 def _varied(policy: Method) -> tuple[str, ...]:
-    return ("profile",) if isinstance(policy, Calibrated) else _CALIBRATED[type(policy).__name__]
+    return ("profile",) if isinstance(policy, Profiled) else _CALIBRATED[type(policy).__name__]
 
 
 def check(policy: Method, densities: Sequence[float]) -> None:
@@ -171,7 +179,7 @@ def summary(profile: Profile) -> Iterator[str]:
     """Lines of a table: recall at each density, drift since each number of steps (means, best and worst), or what a
     cache says of its own."""
     method = METHODS[profile.method.lower()]
-    if issubclass(method, Calibrated):
+    if issubclass(method, Profiled):
         yield from method().lines(profile)
         return
     if profile.method == "AnnSA":

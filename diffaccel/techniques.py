@@ -26,6 +26,8 @@ from .reuse.full_field_guide import FullFieldGuide
 from .selection.annsa import AnnSA
 from .selection.head_shard import HeadShard
 from .selection.hip import HiP
+from .selection.hylra import HyLRA
+from .selection.lychee_decode import LycheeDecode
 from .selection.mass_router import MassRouter
 from .selection.retrieval import RetrievalAttention
 from .selection.routed import Routed
@@ -58,6 +60,8 @@ TECHNIQUES: tuple[type[Policy], ...] = (
     AnnSA,
     TokenSelect,
     HiP,
+    HyLRA,
+    LycheeDecode,
     RetrievalAttention,
     HeadShard,
     Routed,
@@ -89,8 +93,10 @@ __all__ = [
     "HeadShard",
     "HiP",
     "HostCache",
+    "HyLRA",
     "InwardWindow",
     "LazyEviction",
+    "LycheeDecode",
     "MassRouter",
     "NeighborhoodAttention",
     "PadCollapse",

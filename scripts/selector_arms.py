@@ -58,7 +58,7 @@ class BestOfSorted(BestBlocks):
 def arms() -> list[tuple[str, Accel]]:
     """Names and settings."""
     found: list[tuple[str, Accel]] = []
-    chosen = [technique for technique in TECHNIQUES if issubclass(technique, Choosing)]
+    chosen = [technique for technique in TECHNIQUES if issubclass(technique, Choosing) and technique.needs == "nothing"]
     for density in DENSITIES:
         knobs: dict[str, Any] = {"density": density}
         for technique in [ByLot, BestBlocks, BestOfSorted, *chosen]:

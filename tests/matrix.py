@@ -20,8 +20,10 @@ from diffaccel import (
     HeadShard,
     HiP,
     HostCache,
+    HyLRA,
     InwardWindow,
     LazyEviction,
+    LycheeDecode,
     MassRouter,
     NeighborhoodAttention,
     PadCollapse,
@@ -165,6 +167,21 @@ MATRIX = [
         Accel(selection=TokenSelect(0.3, pool="max", dense_steps=0, min_past=0), cache=TempCache(threshold=0.5)),
     ),
     Row(Accel(selection=HiP(density=1.0)), Accel(selection=HiP(0.3, dense_steps=0, min_past=0, clean_pass="sparse"))),
+    Row(
+        Accel(selection=HyLRA(density=1.0)),
+        Accel(selection=HyLRA(0.3, least=0.2, dense_steps=0, min_past=0, profile=profile_of(HyLRA))),
+    ),
+    Row(
+        Accel(selection=HyLRA(density=1.0), reuse=FlashBlock(refresh=1)),
+        Accel(
+            selection=HyLRA(0.3, least=0.01, refresh="step", dense_steps=0, min_past=0, profile=profile_of(HyLRA)),
+            reuse=FlashBlock(refresh=2),
+        ),
+    ),
+    Row(
+        Accel(selection=LycheeDecode(density=1.0)),
+        Accel(selection=LycheeDecode(0.3, retrieval=0.75, dense_steps=0, min_past=0, profile=profile_of(LycheeDecode))),
+    ),
     Row(
         Accel(selection=RetrievalAttention(density=1.0)),
         Accel(selection=RetrievalAttention(0.3, nearest=9, dense_steps=0, min_past=0)),

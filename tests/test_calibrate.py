@@ -478,7 +478,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(command, tmp_path, mistake
 
 def test_generate_refuses_a_profile_in_one_sentence(command, measured, tmp_path):
     def asked(file):
-        return command("generate", PROMPT, *SMALL, "--set", f"selection.profile={file}", "-o", "v.mp4")
+        changes = ["--set", "selection=annsa", "--set", f"selection.profile={file}"]
+        return command("generate", PROMPT, *SMALL, *changes, "-o", "v.mp4")
 
     refused(asked("gone.json"), "the profile 'gone.json' cannot be read", tmp_path, [])
     replace(measured, model=replace(measured.model, weights="0" * 64)).save("other.json")

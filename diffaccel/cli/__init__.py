@@ -219,7 +219,10 @@ def calibrate(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="the profile  [default: METHOD.json]")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")] = None,
     method: Annotated[
-        str, typer.Option(help="annsa, flashblock, triattention, razorattention, duoattention or compresskv")
+        str,
+        typer.Option(
+            help="annsa, flashblock, triattention, razorattention, duoattention, compresskv, hylra or lycheedecode"
+        ),
     ] = "annsa",
     model: Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")] = None,
     frames: Annotated[

@@ -1,6 +1,6 @@
 """Keys in blocks of near ones, and the blocks that near queries read of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -194,6 +194,17 @@ class KeyBlocks:
         lists, counts = (x[:, :, None].repeat_interleave(query_blocks, 2).int() for x in (lists, counts))
         self.lists, self.even = BlockLists(lists, counts, query_block, self.block, ascending=True), False
         self.read = self.choices * float(all_of_them.float().mean())
+
+    def read_all_in(self, heads: Tensor) -> None:
+        """Let some heads, bool (H,) on the host, read every block, and the others what was chosen."""
+        assert self.lists is not None
+        chosen, share = self.lists, float(heads.float().mean())
+        heads = sent(heads, chosen.lists.device)[:, None]
+        every = torch.arange(self._blocks, device=chosen.lists.device, dtype=torch.int32)
+        lists = torch.nn.functional.pad(chosen.lists, (0, self._blocks - chosen.lists.shape[-1]))
+        counts = torch.where(heads, self._blocks, chosen.counts).int()
+        self.lists = replace(chosen, lists=torch.where(heads[..., None], every, lists), counts=counts)
+        self.read, self.even = share * self.choices + (1 - share) * self.read, False
 
     def chosen(self, summaries: bool) -> Chosen:
         """What was chosen, of the keys as they are now."""
