@@ -35,11 +35,9 @@ from transformers import LlamaForCausalLM
 
 from diffaccel.mixers import (
     CCA,
-    AttentionGate,
     Based,
     Cis,
     Flowformer,
-    FluxRouter,
     GroupShift,
     Lightning,
     Lightning2,
@@ -87,8 +85,6 @@ ARMS: dict[str, Callable[..., Mixer]] = {
     "Titans, linear": Titans,
     "Titans, MLP": partial(Titans, memory="mlp"),
     "GroupShift, 64 tokens, 4 sinks": GroupShift,
-    "AttentionGate, half kept": AttentionGate,
-    "FluxRouter, 0 dense": partial(FluxRouter, density=0.0),
     "Cis, half read": Cis,
     "LocalLinear": LocalLinear,
 }

@@ -11,9 +11,10 @@ from .mixer import Mixer, Past, Tokens, extended
 class AttentionGate(Mixer):
     """Hidden states to a gate for every token and head; gates at or below 0.5 drop the key for that layer.
 
-    The gradient of a drop is that of the gate (straight-through), and `penalty` draws the mean gate to `keep`. A token
-    always reads itself, so no query is without a key. The paper's gate is a small attention of unspecified width; here
-    it is an MLP of width `hidden`, and only the gate is trained. Gates start open: the layer is as it was.
+    The gradient of a drop is that of the gate (straight-through), and `penalty` draws the share of open gates to
+    `keep`. A token always reads itself, so no query is without a key. The paper's gate is a small attention of
+    unspecified width; here it is an MLP of width `hidden`, and only it is trained. Gates start open: the layer is as it
+    was.
 
     Args:
         keep: share of the gates that shall stay open, in (0, 1].
@@ -36,7 +37,7 @@ class AttentionGate(Mixer):
         last = nn.Linear(hidden, self.layer.count)
         nn.init.constant_(last.bias, 2.0)
         self.gate = nn.Sequential(nn.Linear(self.layer.width, hidden), nn.SiLU(), last)
-        self._open: list[Tensor] = []  # mean gate of the blocks of the last forward
+        self._open: list[Tensor] = []  # of the blocks of the last forward
 
     def scores(self, x: Tensor) -> Tensor:
         """The gate's logits (B, S, H) of hidden states: how much a cache should want to keep a token."""
@@ -49,8 +50,8 @@ class AttentionGate(Mixer):
 
     def mix(self, tokens: Tokens, state: Past | None) -> tuple[Tensor, Any]:
         gate = self.scores(tokens.x).sigmoid()
-        self._open = ([] if state is None else self._open) + [gate]
         flags = (gate > 0.5).to(gate) + gate - gate.detach()  # 0 or 1, with the gradient of the gate
+        self._open = ([] if state is None else self._open) + [flags]
         seen = extended(state, tokens.k, tokens.v, flags)
         assert seen.weight is not None
         new, total = tokens.q.shape[1], seen.k.shape[1]

@@ -45,11 +45,14 @@ def gradient(memory: Weights, k: Tensor, v: Tensor, weight: Tensor) -> Weights:
     return torch.einsum("bshf,bshd->bhfd", back, k), torch.einsum("bshe,bshf->bhef", off, hidden * gate)
 
 
-def learn(state: State, k: Tensor, v: Tensor, rates: Rates) -> State:
+def learn(
+    state: State, k: Tensor, v: Tensor, rates: Rates, start: Weights | None = None, most: float | None = None
+) -> State:
     """The state after tokens (B, S, H, D): S_t = momentum S - learn grad(M), M_t = (1 - forget) M + S_t.
 
     Gradients are those at the memory before the tokens (section 3.2, chunks), so the recurrence is linear in them and
     the tokens' shares in its end are weights of one gradient. With one token it is the recurrence itself.
+    What is forgotten falls back to `start`, zero by default; a step of a tile is no longer than `most`.
     """
     ends, kept = torch.ones_like(rates.forget[:, 0]), torch.ones_like(rates.forget[:, 0])
     in_surprise, in_memory, reach = [], [], torch.zeros_like(ends)
@@ -61,22 +64,32 @@ def learn(state: State, k: Tensor, v: Tensor, rates: Rates) -> State:
         reach = reach * rates.momentum[:, t]
         ends, kept = ends * rates.momentum[:, t], kept * (1 - rates.forget[:, t])
     in_memory_of, in_surprise_of = (torch.stack(x[::-1], 1) * rates.learn for x in (in_memory, in_surprise))
-    to_memory, to_surprise = (gradient(state.memory, k, v, w) for w in (in_memory_of, in_surprise_of))
+    steps = (gradient(state.memory, k, v, w) for w in (in_memory_of, in_surprise_of))
+    to_memory, to_surprise = (step if most is None else _shortened(step, most) for step in steps)
+    start = tuple(map(torch.zeros_like, state.memory)) if start is None else start
 
     def at(share: Tensor, x: Tensor) -> Tensor:
         return share[..., None, None] * x
 
-    pairs = list(zip(state.memory, state.surprise, to_memory, to_surprise, strict=True))
-    memory = tuple(at(kept, m) + at(reach, s) - g for m, s, g, _ in pairs)
-    return State(memory, tuple(at(ends, s) - g for _, s, _, g in pairs))
+    pairs = list(zip(start, state.memory, state.surprise, to_memory, to_surprise, strict=True))
+    memory = tuple(at(kept, m) + at(reach, s) - g for first, m, s, g, _ in pairs)
+    return State(memory, tuple(at(ends, s) - g for _, _, s, _, g in pairs))
+
+
+def _shortened(step: Weights, most: float) -> Weights:
+    """The same direction, its length over all matrices of a head at most `most`."""
+    length = sum(each.square().sum((-2, -1), keepdim=True) for each in step)
+    return tuple(each * (most / (length + 1e-12).sqrt()).clamp(max=1.0) for each in step)
 
 
 class Titans(Mixer):
     """A token's tile and learned tokens by attention, all tiles before it by the memory, added through a gate (MAG).
 
-    Keys and queries of the memory have length one; its rates are learned functions of the hidden state, what a token
-    learns at most one over the tile's tokens, so that a step stays stable. Tiles after a token's own are not seen: in a
-    model that makes the whole video at once that is half of the context.
+    Keys, queries and values of the memory have length one, and what it recalls a learned scale. Its rates are learned
+    functions of the hidden state; what a token learns is at most one over the tile's tokens, and a step of an MLP has
+    at most length one, without which it diverges. Forgetting falls back to the learned first memory (the paper's: to
+    zero, where an MLP would stay). Tiles after a token's own are not seen: in a model that makes the whole video at
+    once that is half of the context.
 
     Args:
         tile: tokens between two updates of the memory, >= 1; a block that is shorter is a tile.
@@ -100,11 +113,12 @@ class Titans(Mixer):
         self.require(memory in ("linear", "mlp"), "memory is 'linear' or 'mlp'", memory=memory)
         self.require(persistent >= 0, "persistent is a number of tokens >= 0", persistent=persistent)
         heads, dim = self.layer.count, self.layer.dim
-        self.tile = tile
+        self.tile, self.most = tile, None
         first = torch.randn(2, heads, dim, dim) * dim**-0.5
         shapes = [torch.zeros(heads, dim, dim)] if memory == "linear" else [first[0], torch.zeros(heads, dim, dim)]
         self.start = nn.ParameterList(nn.Parameter(each) for each in shapes)
         self.to_rates = nn.Linear(self.layer.width, 4 * heads)
+        self.scale = nn.Parameter(torch.full((heads, 1), dim**0.5))
         self.extra = nn.Parameter(0.02 * torch.randn(2, persistent, heads, dim))
 
     def mix(self, tokens: Tokens, state: State | None) -> tuple[Tensor, Any]:
@@ -116,12 +130,14 @@ class Titans(Mixer):
         for at in range(0, tokens.x.shape[1], self.tile):
             part = tokens.part(at, at + self.tile)
             forget, momentum, rate, gate = self.to_rates(part.x).unflatten(2, (4, -1)).unbind(2)
-            q, k = (nn.functional.normalize(x, dim=-1) for x in (part.q, part.k))
+            q, k, v = (nn.functional.normalize(x, dim=-1) for x in (part.q, part.k, part.v))
             keys, values = (
                 torch.cat([more.expand(batch, *more.shape), x], 1)
                 for more, x in zip(self.extra, (part.k, part.v), strict=True)
             )
-            found.append(softmax(part.q, keys, values).out + gate.sigmoid()[..., None] * recall(state.memory, q))
+            found.append(
+                softmax(part.q, keys, values).out + gate.sigmoid()[..., None] * self.scale * recall(state.memory, q)
+            )
             rates = Rates((forget - 4).sigmoid(), momentum.sigmoid(), rate.sigmoid() / part.k.shape[1])
-            state = learn(state, k, part.v, rates)
+            state = learn(state, k, v, rates, tuple(self.start), self.most)
         return torch.cat(found, 1), state
