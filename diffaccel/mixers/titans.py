@@ -72,14 +72,14 @@ def learn(
         return share[..., None, None] * x
 
     pairs = list(zip(start, state.memory, state.surprise, to_memory, to_surprise, strict=True))
-    memory = tuple(at(kept, m) + at(reach, s) - g for first, m, s, g, _ in pairs)
+    memory = tuple(first + at(kept, m - first) + at(reach, s) - g for first, m, s, g, _ in pairs)
     return State(memory, tuple(at(ends, s) - g for _, _, s, _, g in pairs))
 
 
 def _shortened(step: Weights, most: float) -> Weights:
     """The same direction, its length over all matrices of a head at most `most`."""
-    length = sum(each.square().sum((-2, -1), keepdim=True) for each in step)
-    return tuple(each * (most / (length + 1e-12).sqrt()).clamp(max=1.0) for each in step)
+    length = torch.stack([each.square().sum((-2, -1)) for each in step]).sum(0).add(1e-12).sqrt()[..., None, None]
+    return tuple(each * (most / length).clamp(max=1.0) for each in step)
 
 
 class Titans(Mixer):
@@ -113,7 +113,7 @@ class Titans(Mixer):
         self.require(memory in ("linear", "mlp"), "memory is 'linear' or 'mlp'", memory=memory)
         self.require(persistent >= 0, "persistent is a number of tokens >= 0", persistent=persistent)
         heads, dim = self.layer.count, self.layer.dim
-        self.tile, self.most = tile, None
+        self.tile, self.most = tile, None if memory == "linear" else 1.0
         first = torch.randn(2, heads, dim, dim) * dim**-0.5
         shapes = [torch.zeros(heads, dim, dim)] if memory == "linear" else [first[0], torch.zeros(heads, dim, dim)]
         self.start = nn.ParameterList(nn.Parameter(each) for each in shapes)
