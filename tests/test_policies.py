@@ -169,6 +169,8 @@ BAD = [
     ("AnnSA", {"sink_frames": -1}, "sink_frames=-1"),
     ("AnnSA", {"recent_frames": -1}, "recent_frames=-1"),
     ("AnnSA", {"refresh": "never"}, "choose one of step, block"),
+    ("AnnSA", {"every": 0}, "every=0"),
+    ("AnnSA", {"every": 2}, 'goes with refresh="step", got every=2, refresh='),
     ("AnnSA", {"min_past": -1}, "min_past=-1"),
     ("AnnSA", {"summaries": "mean"}, "summaries='mean'"),
     ("AnnSA", {"resort": 0.9}, "resort=0.9"),
@@ -185,6 +187,7 @@ BAD = [
             ({"sink_frames": -1}, "sink_frames=-1"),
             ({"recent_frames": -1}, "recent_frames=-1"),
             ({"refresh": "never"}, "choose one of step, block"),
+            ({"every": 0}, "every=0"),
             ({"min_past": -1}, "min_past=-1"),
             ({"summaries": "mean"}, "summaries='mean'"),
         ]

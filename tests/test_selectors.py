@@ -245,6 +245,33 @@ def test_a_choice_stands_while_queries_are_similar_video_by_video():
     assert not torch.equal(after[0], stepping.blocks.lists[0])
 
 
+@each
+def test_a_choice_stands_for_so_many_steps_and_no_other_past(kind):
+    q, entries = smooth()
+    moved = [q + 0.5 * step * torch.randn_like(q) for step in range(4)]
+
+    def lists(policy, entries, step, block=7):
+        return policy.plan(moved[step], entries, site(step=step, block=block)).blocks.listed(99)
+
+    seldom, often = make(kind, refresh="step", every=2, dense_steps=0), make(kind, refresh="step", dense_steps=0)
+    found, fresh = (
+        [lists(one, entries, step) for step in range(4)] for one, entries in ((seldom, smooth()[1]), (often, entries))
+    )
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    if kind not in (HeadShard, Sticky, MassRouter):  # which are alike for all queries, remember, or hardly differ
+        assert not torch.equal(found[1], found[2])
+        assert torch.equal(found[2], fresh[2])
+    more = {name: torch.cat([getattr(entries, name), getattr(entries, name)[:, -64:]], 1) for name in ("k", "v")}
+    grown = replace(entries, **more, frames=torch.arange(FRAMES + 1).repeat_interleave(64))
+    by_block = make(kind, dense_steps=0)
+    lists(by_block, entries, 0)
+    after = by_block.plan(q, grown, site(step=1, block=7))
+    if kind is not MassRouter:  # which may read everything now
+        size = after.blocks.key_block
+        assert after.blocks.listed(-(-grown.count // size))[..., -64 // size :].all()  # the first frame
+
+
 # -- HiP --------------------------------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ class KeyBlocks:
         self.at: tuple[int, int, int] | None = None  # what the entries were when they were taken in
         self.together = 0  # how many of them may be chosen that were sorted at once
         self.always = torch.zeros(0, dtype=torch.bool)  # on the host, which of them all read
-        self.chosen_at: tuple[int, int, int] | None = None  # block, queries and step of the last choice
+        self.chosen_at: tuple[int, int, int, int] | None = None  # block, queries, entries and step of the last choice
         self.lists: BlockLists | None = None
         self.even = True  # lists are equally long
         self.read = 0.0  # blocks that a query reads of those that may be chosen, on average

@@ -29,7 +29,7 @@ class HiP(Ranked):
     paper has the order of a text; and where neighbours are not alike it misses what matters.
 
     Differences from the paper: leaves are as large as a kernel's blocks (2 keys there, for 32 queries), and all layers
-    search. What its code calls `mask_refresh_interval` is `refresh`.
+    search. What its code calls `mask_refresh_interval` is `every`.
     """
 
     paper: ClassVar[str] = "HiP, arXiv 2406.09827"

@@ -25,7 +25,7 @@ class HyLRA(Borrowing):
     The plan comes from a profile: how alike the choices of layers are, in dense videos. Of all plans in which no layer
     reads a choice less like its own than `least` it has the fewest full calls, found by dynamic programming
     (`layer_plan.py`). Layers and steps are planned together: at later steps of a block a choice may stand, if that is
-    alike too, and then full layers read their own (`refresh="step"`: it never stands).
+    alike too, and then full layers read their own (with `refresh="step"` for `every` steps at most).
 
     Alike is `by` the overlap of the choices, the paper's measure, for which descriptions of it give 0.85; or, ours, the
     attention on a borrowed choice over that on a layer's own, as what overlaps little may hold as much. Both are of
@@ -96,5 +96,5 @@ class HyLRA(Borrowing):
 
 @lru_cache(maxsize=256)
 def _spans(policy: HyLRA, steps: int) -> list[Span]:
-    longest = 1 if policy.refresh == "step" else None
+    longest = policy.every if policy.refresh == "step" else None
     return plan(policy.likeness(), steps, policy.least, policy.dense_layers, longest)

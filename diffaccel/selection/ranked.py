@@ -47,6 +47,7 @@ class Choosing(Selector):
         "that chooses, which saves the choosing at the others",
         choices=("step", "block"),
     )
+    every: int = knob(1, 'with refresh="step": choose at every n-th step, >= 1')
     dense_steps: float = knob(0.3, "share of the denoising steps, the first ones, that read everything, in [0, 1)")
     clean_pass: str = knob("dense", "whether the pass that writes the cache chooses too", choices=("dense", "sparse"))
     sink_frames: int = knob(1, "first latent frames of the video that every query reads")
@@ -57,6 +58,12 @@ class Choosing(Selector):
         self.require(0 <= self.dense_steps < 1, "dense_steps is a share in [0, 1)", dense_steps=self.dense_steps)
         self.require(self.min_past >= 0, "min_past is a number of keys a query >= 0", min_past=self.min_past)
         self.require(isinstance(self.summaries, bool), "summaries is True or False", summaries=self.summaries)
+        self.require(
+            self.every >= 1 and (self.every == 1 or self.refresh == "step"),
+            'every is a number of steps >= 1, and goes with refresh="step"',
+            every=self.every,
+            refresh=self.refresh,
+        )
         self.require_frames("sink_frames")
         self.require_frames("recent_frames")
 
@@ -96,10 +103,10 @@ class Choosing(Selector):
 
     def stands(self, keys: KeyBlocks, q: Tensor, site: Site) -> bool:
         """Whether what was chosen last is read again."""
-        if self.refresh == "step" or keys.chosen_at is None:
+        if keys.chosen_at is None or keys.chosen_at[:3] != (site.block, q.shape[1], keys.count):
             return False
-        block, queries, step = keys.chosen_at
-        return (block, queries) == (site.block, q.shape[1]) and site.step >= step
+        since = site.step - keys.chosen_at[3]
+        return 0 < since < self.every if self.refresh == "step" else since >= 0
 
     # -- the skeleton ----------------------------------------------------------------------------------------------
 
@@ -144,7 +151,7 @@ class Choosing(Selector):
             again = keys.chosen_at is not None and keys.chosen_at[0] == site.block
             blocks = keys.arrange(q, again, self.query_buckets(q, entries, site))
             self.choose(Asked(blocks, q, keys, take, site, entries.lasting))
-            keys.chosen_at = (site.block, q.shape[1], site.step)
+            keys.chosen_at = (site.block, q.shape[1], keys.count, site.step)
         return None if keys.read == keys.choices else keys.chosen(self.summaries)
 
     def _keys(self, q: Tensor, entries: "Entries", site: Site) -> KeyBlocks | None:
