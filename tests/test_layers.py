@@ -57,7 +57,7 @@ def test_a_window_counts_where_it_leaves_keys_out_and_a_cache_where_it_holds_the
 
 @pytest.mark.parametrize("row", [row for row in MATRIX if row.lossy], ids=lambda row: row.name)
 def test_layers_add_up_to_the_slots(pipe, row):
-    report = ran(pipe, row.lossy)
+    report = ran(pipe, row.lossy, num_inference_steps=row.steps)
     found = report.layers
     assert sum(layer.seconds for layer in found) == pytest.approx(report.seconds["attention"])
     for slot, counts in report.slots.items():
