@@ -21,6 +21,7 @@ from diffaccel import (
     UnsupportedError,
 )
 from diffaccel.accel import active_run
+from diffaccel.techniques import TECHNIQUES
 
 
 @pytest.fixture
@@ -239,7 +240,12 @@ def test_report_is_json_with_stable_keys(pipe):
 def test_describe_names_what_would_be_patched(pipe):
     [row] = Accel().describe(pipe)
     assert (row["layers"], row["heads"], row["head_dim"], row["causal"]) == (2, 2, 24, True)
-    assert all(reason is None for reason in row["refuses"].values())
+    for technique in TECHNIQUES:
+        reason = row["refuses"][technique.__name__]
+        if technique.needs == "nothing":
+            assert reason is None
+        else:
+            assert f"diffaccel calibrate --method {technique.__name__.lower()}" in reason
     [row] = Accel().describe(WanPipeline(**tiny_components()))
     assert "the whole video at once" in row["refuses"]["TempCache"]
     assert row["refuses"]["PadCollapse"] is None

@@ -366,7 +366,8 @@ def test_what_does_not_go_together_is_refused(others, message):
 
 def prompt_run(causal=True):
     scratch, fired = {}, []
-    return SimpleNamespace(scratch=lambda *_: scratch, fired=lambda slot: fired.append(slot), causal=causal), fired
+    given = {"scratch": lambda *_: scratch, "fired": fired.append, "causal": causal, "prompt_number": 1}
+    return SimpleNamespace(**given), fired
 
 
 def test_prompt_tokens_stay_that_share_a_bucket_with_a_query_and_the_padding_does():

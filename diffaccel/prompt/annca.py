@@ -48,7 +48,7 @@ class AnnCA(PadCollapse):
             return Fixed(prompt)
         known: dict[int, Any] = run.scratch("prompt", site.branch).setdefault("near", {})
         before, kept = known.get(site.layer, (None, []))
-        place = site.block, prompt.count, run._prompt
+        place = site.block, prompt.count, run.prompt_number
         if before != place or not run.causal:
             kept = self._kept(q, prompt)
             known[site.layer] = place, kept
