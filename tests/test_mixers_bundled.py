@@ -1,6 +1,10 @@
 """Mixers on the bundled models: whole generations run with them, teaching helps there, and the layers come back."""
 
+import json
+import shutil
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,11 @@ from diffaccel.errors import UnsupportedError
 from diffaccel.mixers import Based, FluxRouter, GroupShift, convert, distil, errors
 from diffaccel.pipelines.loading import bundled_text_model, load
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from distil_mixers import main, table
+
+ROOT = Path(__file__).resolve().parent.parent
 LAYER = "blocks.2.attn1"
 
 
@@ -67,3 +76,17 @@ def test_text_is_read_block_by_block():
         with convert(lm, ["model.layers.2.self_attn"], partial(GroupShift, block=8, group=128)):
             torch.testing.assert_close(lm(**given).logits, wanted, rtol=1e-3, atol=1e-3)
         assert torch.equal(lm(**given).logits, wanted)
+
+
+@pytest.mark.slow
+def test_the_script_teaches_an_arm_and_writes_it_down(tmp_path):
+    shutil.copy(ROOT / "samples" / "mixers" / "README.md", tmp_path)
+    asked = ["--out", str(tmp_path), "--only", "Flowformer", "--steps", "6", "--seeds", "1"]
+    assert main(asked) == 0
+    found = json.loads((tmp_path / "mixers.json").read_text())
+    for kind in ("video", "text"):
+        [(before, after, _)] = found["arms"]["Flowformer"][kind]
+        assert after < before
+    assert table(found) in (tmp_path / "README.md").read_text()
+    assert main(asked) == 0  # which finds the arm there
+    assert json.loads((tmp_path / "mixers.json").read_text())["arms"] == found["arms"]
