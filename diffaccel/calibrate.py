@@ -23,10 +23,9 @@ from .accel import Accel
 from .cache.calibrated import Calibrated
 from .cache.compress_kv import CompressKV
 from .cache.duo_attention import DuoAttention
-from .cache.look import Look
 from .cache.memory import Memory
 from .cache.razor_attention import RazorAttention
-from .cache.scored import Scored
+from .cache.sorting import Looking
 from .cache.tri_attention import TriAttention
 from .errors import KnobError, NotEngagedError, UnsupportedError
 from .gates import GateLearner
@@ -247,23 +246,21 @@ class Recorder(Selector):
 
 
 @dataclass(frozen=True, eq=False)
-class LookRecorder(Scored):
+class LookRecorder(Looking):
     """Keeps everything, and measures at every finished block what `policy` goes by."""
 
     paper: ClassVar[str] = "none"
     summary: ClassVar[str] = "keeps everything and measures what a cache goes by"
     is_exact = True
 
+    sink_frames: int = 0  # of all that is kept, none is chosen
+    probes: int = 32
     policy: Calibrated = field(default_factory=TriAttention)
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (table, layer): (*axes, H)
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
 
-    @property
-    def needs_queries(self) -> bool:
-        return True
-
-    def score(self, look: Look) -> Tensor:
-        raise NotImplementedError  # nothing leaves
+    def expected_tokens(self, video_tokens: int, block: object) -> int:
+        return video_tokens
 
     def commit(self, memories: Sequence[Memory], site: "Site", run: "Run") -> None:
         run.fired("cache")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cache.look import Look
 from .cache.memory import Memory
-from .cache.scored import Scored
+from .cache.sorting import Looking
 from .errors import NotEngagedError
 from .site import Site
 from .suggest import choose
@@ -44,21 +44,20 @@ class Sink(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SinkProbe(Scored):
+class SinkProbe(Looking):
     """Keeps everything, and sums up at every finished block what its probes attended to."""
 
     paper: ClassVar[str] = "When Attention Sink Emerges, arXiv 2410.10781"
     summary: ClassVar[str] = "keeps everything and finds what is attended to whatever is looked for"
     is_exact = False  # it looks, and a cache of a text does not where nothing is chosen
 
+    sink_frames: int = 0  # of all that is kept, none is chosen
+    probes: int = 32
     sums: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (unit, layer): (H, n) fp32
     counts: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (n,)
 
     def expected_tokens(self, video_tokens: int, block: object) -> int:
         return video_tokens
-
-    def score(self, look: Look) -> Tensor:
-        raise NotImplementedError  # nothing leaves
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Add the mean over probes and rows of what lies before the newest block."""

@@ -19,7 +19,7 @@ from diffaccel.cache import Extent
 from diffaccel.cache.calibrated import Calibrated
 from diffaccel.cache.ragged import ByHead
 from diffaccel.cache.sink_recent import SinkRecent
-from diffaccel.cache.sorting import Sorting
+from diffaccel.cache.sorting import Looking
 from diffaccel.cache.tca_style import TCAStyle
 from diffaccel.errors import UnsupportedError
 from diffaccel.grid import Grid
@@ -36,7 +36,7 @@ _SOME = Extent(1, Grid(1, 1, 1), 1, 1, 1, 1, 1, torch.float32)
 
 def check(policy: CachePolicy) -> None:
     """Raise `UnsupportedError` for a cache of no use for text, `KnobError` for a budget below what it protects."""
-    text = isinstance(policy, Sorting | SinkRecent) and not isinstance(policy, Calibrated | TCAStyle)
+    text = isinstance(policy, Looking | SinkRecent) and not isinstance(policy, Calibrated | TCAStyle)
     if not text:
         raise UnsupportedError(
             f"a language model takes caches that score tokens by what any text has (SnapKV, H2O, CAKE, TaskKV, "

@@ -20,15 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored(Sorting):
-    """Keep the tokens of the past that score best, of each layer and head its own.
-
-    The first and the newest frames are protected: they stay in the exact tier. The tokens between them compete
-    whenever a block is finished, those kept so far and those that are no longer new. A technique says what a token is
-    worth (`score`), maybe how layers and heads share the budget (`shares`, `allocate`), and what it notes on tokens
-    while they stay (`columns`, `observe`). What loses leaves, or goes where `dropped` says.
-
-    Probes are queries of the clean pass, spread over the block: noisy passes give noisy scores.
-    """
+    """Keep as many of the tokens that score best as a budget holds; what loses leaves, or goes where `dropped` says."""
 
     exact: ClassVar[dict[str, Any]] = {"budget": None}
 
@@ -88,7 +80,7 @@ class Scored(Sorting):
         return [(ByHead(), remainder) for remainder in REMAINDERS[self.dropped](layers)]
 
     def describe(self, run: "Run") -> dict[str, Any]:
-        """What the layers keep beside the protected frames, and the frames of the oldest of it."""
+        """Tokens that the layers keep beside the protected frames, least and most, and bytes on the host."""
         older = [memory.older for memory in run.all_memories() if memory.older]
         kept = [tiers[0].count for tiers in older]
         host = sum(getattr(tier, "host_bytes", 0) for tiers in older for tier in tiers)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,61 @@ if TYPE_CHECKING:
     from ..run import Run
 
 
-class Sorting(CachePolicy):
+class Looking(CachePolicy):
+    """Looks at all that is kept, whenever a block is finished, with a few queries of its clean pass.
+
+    These probes are spread over the block. Noisy passes would give noisy scores.
+    """
+
+    exact: ClassVar[dict[str, Any]] = {}
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Names of what is noted on tokens, 0 for a new one."""
+
+    sink_frames: int
+    probes: int
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    def sample(self, q: Tensor, site: Site) -> Tensor:
+        """The probes (B, n, H, D)."""
+        return q[:, probes(site.grid, self.probes).to(q.device)]
+
+    def look(self, layer: int, memory: Memory, site: Site, run: "Run", noted: dict[str, Tensor]) -> Look:
+        """All that is kept, in the order of time: sink, tokens that were chosen, newest frames with the block."""
+        past, sink = memory.exact.past().entries, self.sink_frames * site.grid.tokens_per_frame
+        assert past.frames is not None
+        rows, count, heads, _ = past.k.shape
+        tokens = past.frames * site.grid.tokens_per_frame + torch.arange(count) % site.grid.tokens_per_frame
+        columns = {"token": tokens.to(past.k.device).expand(rows, heads, -1)}
+        for name in self.columns:
+            new = past.k.new_zeros(rows, heads, count, dtype=torch.float32)
+            if name in noted:
+                new[..., : noted[name].shape[-1]] = noted[name]
+            columns[name] = new
+        exact = Ragged.whole(past.k, past.v, columns)
+        kept = _kept(memory).held if memory.older else None
+        held = exact if kept is None else exact.part(0, sink).then(kept).then(exact.part(sink, count))
+        beside = None
+        if len(memory.older) > 1 and memory.older[1].count:
+            beside = memory.older[1].partial(memory.queries, read_plainly).lse
+        return Look(
+            layer,
+            memory.queries,
+            held.k,
+            held.v,
+            held.columns,
+            held.there,
+            beside,
+            site.grid,
+            site.start,
+            run.rotary,
+            run.later,
+        )
+
+
+class Sorting(Looking):
     """Sort the tokens of the past by a score, of each layer and head its own.
 
     The first and the newest frames are protected: they stay in the exact tier. The tokens between them compete
@@ -30,16 +84,9 @@ class Sorting(CachePolicy):
     tier or come into it, the others go to the second for good, or are dropped if there is none. A technique says what
     a token is worth (`score`), how many stay (`capacity`, `shares`, `allocate`), and what it notes on tokens while they
     stay (`columns`, `observe`).
-
-    Probes are queries of the clean pass, spread over the block: noisy passes give noisy scores.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    """Names of what is noted on tokens, 0 for a new one."""
-
     recent_frames: int
-    sink_frames: int
-    probes: int
 
     # -- what a technique says -------------------------------------------------------------------------------------
 
@@ -85,10 +132,6 @@ class Sorting(CachePolicy):
             if getattr(other, "profile", None) is not None and other.slot == "reuse":
                 return f"{type(other).__name__}(profile=...) reads head by head what is kept head by head: give refresh"
         return None
-
-    def sample(self, q: Tensor, site: Site) -> Tensor:
-        """The probes (B, n, H, D)."""
-        return q[:, probes(site.grid, self.probes).to(q.device)]
 
     def commit(self, memories: Sequence[Memory], site: Site, run: "Run") -> None:
         """Score everything anew, move what is no longer recent, drop what loses."""
@@ -147,38 +190,6 @@ class Sorting(CachePolicy):
             if len(memory.older) > 1 and any(map(any, gone.counts)):
                 memory.older[1].take(gone, per_frame)  # type: ignore[attr-defined]
             memory.exact.drop(leaving.start, leaving.stop)
-
-    def look(self, layer: int, memory: Memory, site: Site, run: "Run", noted: dict[str, Tensor]) -> Look:
-        """All that is kept, in the order of time: sink, tokens that were chosen, newest frames with the block."""
-        past, sink = memory.exact.past().entries, self.sink_frames * site.grid.tokens_per_frame
-        assert past.frames is not None
-        rows, count, heads, _ = past.k.shape
-        tokens = past.frames * site.grid.tokens_per_frame + torch.arange(count) % site.grid.tokens_per_frame
-        columns = {"token": tokens.to(past.k.device).expand(rows, heads, -1)}
-        for name in self.columns:
-            new = past.k.new_zeros(rows, heads, count, dtype=torch.float32)
-            if name in noted:
-                new[..., : noted[name].shape[-1]] = noted[name]
-            columns[name] = new
-        exact = Ragged.whole(past.k, past.v, columns)
-        kept = _kept(memory).held if memory.older else None
-        held = exact if kept is None else exact.part(0, sink).then(kept).then(exact.part(sink, count))
-        beside = None
-        if len(memory.older) > 1 and memory.older[1].count:
-            beside = memory.older[1].partial(memory.queries, read_plainly).lse
-        return Look(
-            layer,
-            memory.queries,
-            held.k,
-            held.v,
-            held.columns,
-            held.there,
-            beside,
-            site.grid,
-            site.start,
-            run.rotary,
-            run.later,
-        )
 
 
 def _kept(memory: Memory) -> ByHead:
