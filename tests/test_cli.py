@@ -430,6 +430,7 @@ def test_values_of_the_wrong_type_are_refused_with_what_the_knob_takes():
 
 
 def test_methods_lists_every_technique_with_its_exact_setting(run):
+    from diffaccel.mixers import MIXERS
     from diffaccel.techniques import TECHNIQUES
 
     text = run("methods").stdout
@@ -440,12 +441,14 @@ def test_methods_lists_every_technique_with_its_exact_setting(run):
         defaults = json.loads(json.dumps(technique.defaults()))  # tuples are lists there
         assert {knob["name"]: knob["default"] for knob in about["knobs"]} == defaults
         assert about["name"] in text
-        assert about["needs"] in ("nothing", "calibration", "training")
+        assert about["needs"] in ("nothing", "calibration")
         assert all(f"{about['slot']}.{knob['name']} = " in text for knob in about["knobs"])
         for knob, value in technique.exact.items():
             changes = [f"{technique.slot}={technique.__name__.lower()}", f"{technique.slot}.{knob}={value}"]
             assert f"--set {changes[1]}" in text
             assert getattr(getattr(build_accel("exact", changes), technique.slot), knob) == value
+    assert [about["name"] for about in listed["mixers"]] == [mixer.__name__ for mixer in MIXERS]
+    assert all(f"{mixer.__name__}  (diffaccel.mixers)\n  {mixer.summary}" in text for mixer in MIXERS)
     assert set(listed["presets"]) == set(PRESETS)
 
 

@@ -501,8 +501,12 @@ def methods(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """List every technique: its slot, paper, knobs with defaults, and the setting at which it is dense attention."""
+    """List every technique: its slot, paper, knobs with defaults, and the setting at which it is dense attention.
+
+    Behind them come the layers that are trained in place of attention.
+    """
     from ..kernel import CHOICES
+    from ..mixers import MIXERS
     from ..pipelines.presets import PRESETS
     from ..support import support_of
     from ..techniques import TECHNIQUES
@@ -516,6 +520,10 @@ def methods(
     if as_json:
         content = {
             "techniques": [describe_technique(technique) for technique in TECHNIQUES],
+            "mixers": [
+                {"name": mixer.__name__, "paper": mixer.paper, "summary": mixer.summary, "needs": mixer.needs}
+                for mixer in MIXERS
+            ],
             "presets": {name: describe_slots(preset()) for name, preset in PRESETS.items()},
             "kernels": list(CHOICES),
         }
@@ -533,6 +541,9 @@ def methods(
         for knob in about["knobs"]:
             lines.append(f"    {about['slot']}.{knob['name']} = {knob['default']!r}  {knob['help']}")
         lines.append("")
+    for mixer in MIXERS:
+        lines += [f"{mixer.__name__}  (diffaccel.mixers)", f"  {mixer.summary}", f"  {mixer.paper}"]
+        lines += [f"  needs {mixer.needs} before", ""]
     lines += [f"preset {name}: {describe_accel(preset())}" for name, preset in PRESETS.items()]
     lines.append(f"kernels: {', '.join(CHOICES)}")
     typer.echo("\n".join(lines))

@@ -1,11 +1,13 @@
 """Local Linear Attention (arXiv 2510.01450): at every query a weighted linear fit of values to keys, read there."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..cache.entries import Entries, Reader
+from ..cache.entries import Reader
+from ..cache.tiers import Fixed
 from ..errors import KnobError
 from ..kernel.merge import Partial
 from .mixer import Mixer, Past, Tokens, extended
@@ -64,33 +66,24 @@ def _products(w: Tensor, k: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("bshn,bnhde->bshde", w, k[..., None] * x[..., None, :])
 
 
-class LocalLinearTier:
+@dataclass(frozen=True, eq=False)
+class LocalLinearTier(Fixed):
     """Keys that answer with a linear fit of their values in place of a mean: `ridge` to infinity is softmax attention.
 
     It merges by the keys' softmax mass, so tiers of a partition are attention at a large ridge, and else fit each part
     for itself; `Moments.plus` fits the parts as one. On a model trained with softmax it computes another function.
     """
 
-    def __init__(self, entries: Entries, ridge: float = RIDGE) -> None:
-        if not ridge > 0:
-            raise KnobError(f"LocalLinearTier: ridge is above 0, got {ridge}")
-        self.entries, self.ridge = entries, ridge
+    ridge: float = RIDGE
 
-    @property
-    def count(self) -> int:
-        return self.entries.count
-
-    @property
-    def bytes(self) -> int:
-        return self.entries.bytes
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise KnobError(f"LocalLinearTier: ridge is above 0, got {self.ridge}")
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         wide = torch.promote_types(q.dtype, torch.float32)
         found = Moments.of(q.to(wide), self.entries.k.to(wide), self.entries.v.to(wide)).solve(self.ridge)
         return Partial(found.out.to(q.dtype), found.lse)
-
-    def frames(self) -> list[Tensor]:
-        return [] if self.entries.frames is None else [self.entries.frames]
 
 
 class LocalLinear(Mixer):
