@@ -201,7 +201,7 @@ def _on_forwards(installed: ExitStack, recorder: _Recorder, pipe: Any, blocks: i
         open_.pop().__exit__(None, None, None)
 
     for denoiser in backbone.find(pipe)[1]:
-        installed.callback(denoiser.register_forward_pre_hook(before).remove)
+        installed.callback(denoiser.register_forward_pre_hook(before, prepend=True).remove)
         installed.callback(denoiser.register_forward_hook(after, always_call=True).remove)
 
 

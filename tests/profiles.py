@@ -11,6 +11,7 @@ from tiny import tiny_transformer
 
 from diffaccel import Accel, backbone
 from diffaccel.profile import Model, Profile, fingerprint
+from diffaccel.techniques import TECHNIQUES
 
 _FOLDER = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
@@ -51,3 +52,14 @@ def fitted(accel, pipe) -> Accel:
             model = Model.of(family.geometry(denoisers[0]), denoisers[0])
             policies[slot] = type(policy)(**policy.values() | {"profile": profile_of(type(policy), model)})
     return Accel(**policies)
+
+
+def assert_nothing_but_profiles_is_missing(refuses):
+    """Of a row of `Accel.describe`: every technique would run, those that need a profile once they have one."""
+    assert set(refuses) == {technique.__name__ for technique in TECHNIQUES}
+    for technique in TECHNIQUES:
+        reason = refuses[technique.__name__]
+        if technique.needs == "calibration":
+            assert f"diffaccel calibrate --method {technique.__name__.lower()}" in reason
+        else:
+            assert reason is None

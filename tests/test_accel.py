@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from profiles import assert_nothing_but_profiles_is_missing
 from test_policies import generate
 from tiny import tiny_components, tiny_pipeline
 
@@ -21,7 +22,6 @@ from diffaccel import (
     UnsupportedError,
 )
 from diffaccel.accel import active_run
-from diffaccel.techniques import TECHNIQUES
 
 
 @pytest.fixture
@@ -240,12 +240,7 @@ def test_report_is_json_with_stable_keys(pipe):
 def test_describe_names_what_would_be_patched(pipe):
     [row] = Accel().describe(pipe)
     assert (row["layers"], row["heads"], row["head_dim"], row["causal"]) == (2, 2, 24, True)
-    for technique in TECHNIQUES:
-        reason = row["refuses"][technique.__name__]
-        if technique.needs == "nothing":
-            assert reason is None
-        else:
-            assert f"diffaccel calibrate --method {technique.__name__.lower()}" in reason
+    assert_nothing_but_profiles_is_missing(row["refuses"])
     [row] = Accel().describe(WanPipeline(**tiny_components()))
     assert "the whole video at once" in row["refuses"]["TempCache"]
     assert row["refuses"]["PadCollapse"] is None

@@ -204,6 +204,7 @@ BAD = [
     ("HyLRA", {"by": "masses"}, "did you mean 'mass'"),
     ("HyLRA", {"least": 0}, "least=0"),
     ("HyLRA", {"dense_layers": (-1,)}, r"dense_layers=\(-1,\)"),
+    ("HyLRA", {"dense_layers": ()}, r"at least one, or None for none, got dense_layers=\(\)"),
     ("LycheeDecode", {"retrieval": 1}, "retrieval=1"),
     ("HeadShard", {"unit": "token"}, "choose one of frame, block"),
     ("Routed", {"clusters": 0}, "clusters=0"),

@@ -42,14 +42,14 @@ class HyLRA(Borrowing):
         "mass", 'what makes choices alike: attention held ("mass"), or "overlap"', choices=("mass", "overlap")
     )
     least: float = knob(0.85, "likeness from which on a choice is read by another layer or step, in (0, 1]")
-    dense_layers: tuple[int, ...] = knob((), "sensitive layers, which read everything at every step")
+    dense_layers: tuple[int, ...] | None = knob(None, "sensitive layers, which read everything at every step, from 0")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 < self.least <= 1, "least is a share in (0, 1]", least=self.least)
         self.require(
-            all(layer >= 0 for layer in self.dense_layers),
-            "dense_layers are numbers of layers >= 0",
+            self.dense_layers is None or (len(self.dense_layers) > 0 and min(self.dense_layers) >= 0),
+            "dense_layers are numbers of layers >= 0, at least one, or None for none",
             dense_layers=self.dense_layers,
         )
 
@@ -61,7 +61,7 @@ class HyLRA(Borrowing):
         sets, of, span = asked.lasting.shared.setdefault("hylra", {}), self.made_for(asked), self.span(site)
         source, begin = span.sources[site.layer], ceil(self.dense_steps * site.steps) + span.start
         known: Borrowed | None = sets.get(source)
-        full = source == site.layer and (begin == site.step or site.layer in self.dense_layers)
+        full = source == site.layer and (begin == site.step or site.layer in (self.dense_layers or ()))
         if not full and known is not None and (known.of, known.step) == (of, begin):
             keys.lists, keys.read, keys.even = known.lists, asked.take, True
             return
@@ -97,4 +97,4 @@ class HyLRA(Borrowing):
 @lru_cache(maxsize=256)
 def _spans(policy: HyLRA, steps: int) -> list[Span]:
     longest = policy.every if policy.refresh == "step" else None
-    return plan(policy.likeness(), steps, policy.least, policy.dense_layers, longest)
+    return plan(policy.likeness(), steps, policy.least, policy.dense_layers or (), longest)
