@@ -1,6 +1,5 @@
 """The demo without a browser: who may compute and when, what may be asked for, what comes of it, and the server."""
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -35,6 +34,7 @@ from diffaccel.demo.models import Models
 from diffaccel.demo.result import OVERLAP, disturbed, verdict
 from diffaccel.demo.server import POLICY, build_server, listen
 from diffaccel.demo.worker import Worker
+from diffaccel.errors import DiffaccelError
 from diffaccel.pipelines.presets import PRESETS
 from diffaccel.settings import UsageError, build_accel
 from diffaccel.techniques import TECHNIQUES
@@ -278,23 +278,33 @@ def test_every_knob_that_names_a_file_is_kept_from_pages():
 
 
 def test_knobs_of_a_page_say_what_was_changed_from_the_preset():
-    import gradio as gr
+    from diffaccel.demo.knobs import changes, held
 
-    from diffaccel.demo.knobs import build_knobs
-
-    async def build():  # in a loop, because Gradio starts one where there is none and never closes it
-        with gr.Blocks(analytics_enabled=False):
-            return build_knobs("balanced")
-
-    knobs = asyncio.run(build())
     for preset in PRESETS:
-        assert knobs.changes(preset, knobs.values(build_accel(preset))) == ()
+        assert changes(preset, held(build_accel(preset))) == ()
     for technique in TECHNIQUES:
         accel = Accel(**{technique.slot: technique()})
-        changes = knobs.changes("fast", knobs.values(accel))
-        assert build_accel("fast", changes) == accel
+        assert build_accel("fast", changes("fast", held(accel))) == accel
     accel = build_accel("balanced", ["cache.threshold=0.5", "reuse.refresh=0,2", "kernel=sdpa", "prompt=none"])
-    assert build_accel("balanced", knobs.changes("balanced", knobs.values(accel))) == accel
+    assert build_accel("balanced", changes("balanced", held(accel))) == accel
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (None, "a table of methods and one of knobs"),
+        ({"methods": ["TempCache"], "knobs": {}}, "a table of methods and one of knobs"),
+        ({"methods": {}, "knobs": {"cache": "threshold"}}, "a table of texts for each slot"),
+        ({"methods": {"cache": "TempCash"}, "knobs": {}}, "did you mean 'TempCache'"),
+        ({"methods": {"cash": "TempCache"}, "knobs": {}}, "did you mean 'cache'"),
+        ({"methods": {"cache": "TempCache"}, "knobs": {"cache": {"treshold": 1}}}, "did you mean 'threshold'"),
+    ],
+)
+def test_what_no_page_sends_is_one_sentence(value, sentence):
+    from diffaccel.demo.knobs import changes
+
+    with pytest.raises((UsageError, DiffaccelError), match=sentence):
+        build_accel("balanced", changes("balanced", value))
 
 
 # -- what comes of it --------------------------------------------------------------------------------------------------

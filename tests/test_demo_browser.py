@@ -98,6 +98,31 @@ def fill(page, label, text):
     part.send_keys(Keys.DELETE, str(text))
 
 
+def turn(page, technique, knob, text):
+    """Opens the knobs of a technique that is chosen and types one's value."""
+    from selenium.webdriver.common.keys import Keys
+
+    script = """
+        const knobs = [...document.querySelectorAll('.da-knobs details')].find(
+            (one) => one.offsetParent && one.querySelector('summary').textContent === 'Knobs of ' + arguments[0]);
+        if (!knobs) return;
+        knobs.open = true;
+        const label = [...knobs.querySelectorAll('label')].find((one) => one.firstChild.textContent === arguments[1]);
+        return label.querySelector('input')"""
+    part = until(lambda: page.execute_script(script, technique, knob))
+    part.send_keys(Keys.CONTROL, "a")
+    part.send_keys(Keys.DELETE, text)
+
+
+def pick(page, slot, technique):
+    """Chooses a technique for a slot."""
+    script = """
+        const label = [...document.querySelectorAll('.da-knobs label')].find(
+            (one) => one.offsetParent && one.firstChild.textContent === arguments[0]);
+        return label && label.querySelector('select')"""
+    until(lambda: page.execute_script(script, slot)).send_keys(technique)
+
+
 def press(page, name):
     script = """return [...document.querySelectorAll('button')].find(
         (one) => one.offsetParent && !one.disabled && one.textContent.trim().startsWith(arguments[0]))"""
@@ -298,13 +323,26 @@ def test_a_mistake_is_one_sentence(page):
 
 def test_a_knob_with_a_wrong_value_is_told_as_on_the_command_line(page):
     press(page, "Techniques and their knobs")
-    press(page, "Knobs of TempCache")
     for wrong in ("much", HOSTILE):
-        fill(page, "threshold", wrong)
+        turn(page, "TempCache", "threshold", wrong)
         assert generate(page) == "Not made"
         assert "cache.threshold takes a number" in part(page, "error")
         assert f"got '{wrong}'" in part(page, "error")
     assert page.execute_script("return window.hit") is None
+
+
+def test_another_technique_brings_its_knobs_and_what_was_typed_comes_back(page):
+    press(page, "Techniques and their knobs")
+    turn(page, "TempCache", "threshold", "0.7")
+    pick(page, "cache", "SinkRecent")
+    turn(page, "SinkRecent", "recent_frames", "3")
+    assert generate(page) == "Done"
+    asked = json.loads(urllib.parse.parse_qs(urllib.parse.urlparse(page.current_url).query)["settings"][0])
+    assert asked["set"] == ["cache=SinkRecent", "cache.recent_frames=3"]
+    pick(page, "cache", "TempCache")
+    assert generate(page) == "Done"
+    asked = json.loads(urllib.parse.parse_qs(urllib.parse.urlparse(page.current_url).query)["settings"][0])
+    assert asked["set"] == ["cache.threshold=0.7"]
 
 
 def test_nothing_that_is_written_becomes_markup(page, site, monkeypatch):
@@ -331,8 +369,7 @@ def test_nothing_that_is_written_becomes_markup(page, site, monkeypatch):
 def test_the_address_holds_what_was_made_and_brings_it_back(page, site):
     fill(page, "seed", 7)
     press(page, "Techniques and their knobs")
-    press(page, "Knobs of FlashBlock")
-    fill(page, "refresh", "0,2")
+    turn(page, "FlashBlock", "refresh", "0,2")
     assert generate(page) == "Done"
     shared = page.current_url
     asked = json.loads(urllib.parse.parse_qs(urllib.parse.urlparse(shared).query)["settings"][0])
@@ -428,7 +465,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(site):
         press(phone, "Side by side")
         assert not cut_off(phone)
         press(phone, "Techniques and their knobs")
-        press(phone, "Knobs of TempCache")
+        turn(phone, "TempCache", "threshold", "0.5")
         assert overflow(phone) <= 0
         for tab in ("Larger than trained", "Text"):
             go_to(phone, tab)

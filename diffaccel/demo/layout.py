@@ -16,7 +16,7 @@ from ..settings import UsageError, build_accel, describe_technique
 from ..text import PRESETS as TEXT_PRESETS
 from .asked import MOST_SEED, Asked, Larger, Text, Video, from_fields, from_json, to_json
 from .desk import Desk
-from .knobs import as_text, build_knobs
+from .knobs import as_text, build_knobs, changes, held
 from .result import problem
 
 _PAGE = Path(__file__).parent / "page"
@@ -102,21 +102,19 @@ def _video(desk: Desk) -> Tab:
                 fields["seed"] = _seed(usual.seed)
             fields["negative"] = gr.Textbox("", label="what not to show", info="acts through guidance", max_lines=2)
             with gr.Accordion("Techniques and their knobs", open=False):
-                knobs = build_knobs(usual.preset)
+                knobs = build_knobs(build_accel(usual.preset))
         panel, start = _result()
 
-    names, parts = list(fields), [*fields.values(), *knobs.parts]
+    names, parts = list(fields), [*fields.values(), knobs]
 
     def read(values: Sequence[Any]) -> Asked:
         given = dict(zip(names, values, strict=False))
-        return from_fields(usual, **given, set=knobs.changes(given["preset"], values[len(names) :]))
+        return from_fields(usual, **given, set=changes(given["preset"], values[-1]))
 
     def fill(asked: Video) -> list[Any]:
-        return [*(getattr(asked, name) for name in names), *knobs.values(build_accel(asked.preset, asked.set))]
+        return [*(getattr(asked, name) for name in names), held(build_accel(asked.preset, asked.set))]
 
-    fields["preset"].input(
-        lambda preset: knobs.values(build_accel(preset)), fields["preset"], knobs.parts, queue=False, **_PRIVATE
-    )
+    fields["preset"].input(lambda preset: held(build_accel(preset)), fields["preset"], knobs, queue=False, **_PRIVATE)
     _follow_model(desk, "video", fields, ("frames", "width", "height", "steps", "guidance"))
     return _started(desk, Tab(parts, read, fill, panel), start, fields["prompt"])
 
@@ -187,8 +185,8 @@ def _text(desk: Desk) -> Tab:
     def read(values: Sequence[Any]) -> Asked:
         given = dict(zip(names, values, strict=False))
         filled = dict(zip(knobs, values[len(names) :], strict=True))
-        changes = tuple(f"reuse.{name}={as_text(value)}" for name, value in filled.items() if value.strip())
-        return from_fields(usual, **given, set=changes)
+        given["set"] = tuple(f"reuse.{name}={as_text(value)}" for name, value in filled.items() if value.strip())
+        return from_fields(usual, **given)
 
     def fill(asked: Text) -> list[Any]:
         found = dict(change.removeprefix("reuse.").partition("=")[::2] for change in asked.set)
