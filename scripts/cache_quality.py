@@ -37,7 +37,6 @@ from tiny_world.prompts import describe
 from torch import Tensor
 
 from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, Report, SinkRecent, Site, TempCache
-from diffaccel.cache.calibrated import Calibrated
 from diffaccel.cache.merged import MergedTier, MergedTokens
 from diffaccel.calibrate import PROMPTS as CALIBRATION
 from diffaccel.calibrate import calibrate, summary
@@ -237,12 +236,16 @@ def controls() -> list[Arm]:
 def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
     """Arms of `--suite policies`."""
     frames = 1 + (options.frames - 1) // 4
-    needy = [technique for technique in TECHNIQUES if issubclass(technique, Calibrated)]
-    profiles = {technique.__name__: str(calibrated(options, technique)) for technique in needy}
     return controls() + [
         Arm(name, accel, returns="oracle" not in name)
-        for name, accel in policy_arms.arms(frames, bench.generate, profiles)
+        for name, accel in policy_arms.arms(frames, bench.generate, profiles(options, "cache"))
     ]
+
+
+def profiles(options: argparse.Namespace, slot: str) -> dict[str, str]:
+    """The file of each technique of a slot that goes by one."""
+    needy = [technique for technique in TECHNIQUES if technique.slot == slot and technique.needs == "calibration"]
+    return {technique.__name__: str(calibrated(options, technique)) for technique in needy}
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -422,7 +425,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "selection": selections,
         "reuse": lambda: reuses(calibrated(options)),
         "policies": lambda: policies(options, bench),
-        "selectors": lambda: [*controls(), *(Arm(name, accel) for name, accel in selector_arms.arms())],
+        "selectors": lambda: [
+            *controls(),
+            *(Arm(name, accel) for name, accel in selector_arms.arms(profiles(options, "selection"))),
+        ],
     }
     every = suites[options.suite]()
     wanted = [arm for arm in every if options.only in arm.name][share - 1 :: shares]

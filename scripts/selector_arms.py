@@ -55,13 +55,15 @@ class BestOfSorted(BestBlocks):
     by: ClassVar[str] = "kmeans"
 
 
-def arms() -> list[tuple[str, Accel]]:
-    """Names and settings."""
+def arms(profiles: dict[str, str]) -> list[tuple[str, Accel]]:
+    """Names and settings; `profiles` has the file of each technique that goes by one."""
     found: list[tuple[str, Accel]] = []
-    chosen = [technique for technique in TECHNIQUES if issubclass(technique, Choosing) and technique.needs == "nothing"]
+    chosen = [technique for technique in TECHNIQUES if issubclass(technique, Choosing)]
     for density in DENSITIES:
-        knobs: dict[str, Any] = {"density": density}
         for technique in [ByLot, BestBlocks, BestOfSorted, *chosen]:
+            knobs: dict[str, Any] = {"density": density}
+            if technique.needs == "calibration":
+                knobs["profile"] = profiles[technique.__name__]
             if issubclass(technique, Ranked) or "density" in technique.knobs():
                 for summaries in (True, False) if density == DENSITIES[0] else (True,):
                     name = f"{density}: {technique.__name__}{'' if summaries else ', no means'}"
