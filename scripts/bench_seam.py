@@ -94,6 +94,7 @@ class Bench(Says):
     def __init__(self, shape: dict[str, int], device: str, out: Path, rounds: int, log: str = "seam.jsonl") -> None:
         self.shape, self.device, self.rounds = shape, torch.device(device), rounds
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.out = out
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / log).open("w")
         torch.manual_seed(0)
