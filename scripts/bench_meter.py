@@ -1,6 +1,7 @@
 """Does the meter order configurations as the clock does?
 
     python scripts/bench_meter.py --out DIR          # one GPU
+    python scripts/bench_meter.py --other --out DIR  # shapes that no factor of the meter was fitted to
     python scripts/bench_meter.py --toy --out DIR    # any machine; small shapes
 
 Times attention over queries, keys, heads, heads of keys, shares of the keys (chosen by lists of blocks) and stores
@@ -29,6 +30,12 @@ FULL = {
     "dense": ((1, 32, 1560, 4680), (8192, 32768, 131072), ((12, 12), (32, 8))),
     "sparse": ((4680, 32760), (0.1, 0.3, 0.5), 12),
     "stored": ((32, 4680), (32768,), 12),
+}
+OTHER = {
+    "dim": 64,
+    "dense": ((4, 128, 780, 2340), (16384, 65536), ((16, 16), (24, 6))),
+    "sparse": ((2340, 65536), (0.05, 0.2, 0.6), 16),
+    "stored": ((16, 1560), (65536,), 16),
 }
 TOY = {
     "dim": 64,
@@ -116,6 +123,7 @@ def spearman(a: list[float], b: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU if there is no GPU")
+    parser.add_argument("--other", action="store_true", help="other shapes than those a factor was read off")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for meter.jsonl")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -123,7 +131,7 @@ def main() -> None:
     if device.type == "cpu" and not options.toy:
         raise SystemExit("the full shape needs a GPU; --toy runs anywhere")
     with torch.no_grad():
-        bench = Bench(TOY if options.toy else FULL, device, options.out, options.rounds)
+        bench = Bench(TOY if options.toy else OTHER if options.other else FULL, device, options.out, options.rounds)
         machine = measure(device, bench.dtype)
         bench.say(machine.name, flops=machine.flops, memory=machine.memory, intensity=machine.intensity)
         arms = bench.arms()

@@ -11,7 +11,8 @@ Every arm starts from the same noise. PSNR and SSIM of its frames against the de
 shared history (every block starts from the dense run's past) and free-running. `recall` is the attention mass the cache
 answered for (`Observer`), `memory` the share of a dense cache, at the end, that a layer held, `read` the share of
 dense attention's keys that were read, steps and passes that read everything included. `returns` is a task that
-only memory can solve: clips whose sprite leaves and must come back the same (scripts/score_tiny_world.py).
+only memory can solve: clips whose sprite leaves and must come back the same (scripts/score_tiny_world.py). `switches`
+is one that memory hinders: from the fifth of seven blocks on the prompt names another colour, which the sprite takes.
 
 Results are appended to results.jsonl in --out as they come; a run that is started again skips what is there, and
 `--share 2/4` takes every fourth arm from the second on, so that several processes share the work. At the end table.md
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ import numpy as np
 import policy_arms
 import selector_arms
 import torch
-from tiny_world.metrics import memory_scenes, remembers
+from tiny_world.metrics import Clip, memory_scenes, remembers
 from tiny_world.prompts import describe
+from tiny_world.world import Scene, draw_scene
 from torch import Tensor
 
 from diffaccel import Accel, AnnCA, AnnSA, FlashBlock, Report, SinkRecent, Site, TempCache
@@ -61,6 +64,7 @@ BLOCK, SINK = 3, 1
 TRAINED = 81  # frames of a training clip
 STRIDE = 8  # frames between those that SSIM is taken of
 RETURNS = ("return", "pan_return")
+CHANGE = 4  # block from which on the prompt is another
 
 
 class RandomEviction(TempCache):
@@ -90,7 +94,7 @@ class Arm:
     name: str
     accel: Accel
     seed: int = 0
-    returns: bool = False
+    tasks: bool = False  # whether it is asked to remember, and to follow another prompt
 
 
 def arms(frames: int) -> list[Arm]:
@@ -104,10 +108,10 @@ def arms(frames: int) -> list[Arm]:
         def cache(threshold: Any = 0.9, kind: Any = TempCache, held: int = held, **knobs: Any) -> Accel:
             return Accel(cache=kind(threshold, budget=f"{held} frames", sink_frames=SINK, **knobs))
 
-        name, returns = f"budget {percent} %", percent in (25, 10)
+        name, tasks = f"budget {percent} %", percent in (25, 10)
         found += [
-            Arm(f"{name}: SinkRecent", Accel(cache=SinkRecent(held - SINK - BLOCK, SINK)), returns=returns),
-            Arm(f"{name}: TempCache", cache(), returns=returns),
+            Arm(f"{name}: SinkRecent", Accel(cache=SinkRecent(held - SINK - BLOCK, SINK)), tasks=tasks),
+            Arm(f"{name}: TempCache", cache(), tasks=tasks),
             Arm(f"{name}: the paper's form", cache(variant="paper")),
             Arm(f"{name}: random eviction", cache(None, RandomEviction, overflow="recency")),
         ]
@@ -137,7 +141,7 @@ def arms(frames: int) -> list[Arm]:
                 Arm(f"{name}: TempCache, evicting by mass", cache(overflow="mass")),
             ]
     for threshold in (0.99, 0.97, 0.95, 0.9, 0.85, 0.8):
-        found.append(Arm(f"TempCache {threshold}", Accel(cache=TempCache(threshold)), returns=threshold == 0.9))
+        found.append(Arm(f"TempCache {threshold}", Accel(cache=TempCache(threshold)), tasks=threshold == 0.9))
     for threshold in (0.97, 0.95, 0.9):
         found.append(
             Arm(f"TempCache {threshold}, the paper's form", Accel(cache=TempCache(threshold, variant="paper")))
@@ -227,7 +231,7 @@ def calibrated(options: argparse.Namespace, method: type[Any] = FlashBlock) -> P
 def controls() -> list[Arm]:
     """What every table begins with."""
     return [
-        Arm("dense", Accel(), returns=True),
+        Arm("dense", Accel(), tasks=True),
         Arm("noise floor (split kernel)", Accel(kernel="split")),
         Arm("another seed", Accel(), seed=1000),
     ]
@@ -237,7 +241,7 @@ def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
     """Arms of `--suite policies`."""
     frames = 1 + (options.frames - 1) // 4
     return controls() + [
-        Arm(name, accel, returns="oracle" not in name)
+        Arm(name, accel, tasks="oracle" not in name)
         for name, accel in policy_arms.arms(frames, bench.generate, profiles(options, "cache"))
     ]
 
@@ -250,7 +254,7 @@ def profiles(options: argparse.Namespace, slot: str) -> dict[str, str]:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What must agree between results of one table."""
-    return {name: getattr(options, name) for name in ("model", "frames", "prompts", "returns", "dtype")}
+    return {name: getattr(options, name) for name in ("model", "frames", "prompts", "returns", "switches", "dtype")}
 
 
 class Bench:
@@ -262,6 +266,8 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.prompts, self.frames, self.settings = list(PROMPTS[: options.prompts]), options.frames, settings(options)
         self.scenes = [scene for event in RETURNS for scene in memory_scenes(event, options.returns)[0]]
+        drawn = (draw_scene(seed, ("recolor",)) for seed in range(10**6))
+        self.recolours = list(islice((scene for scene in drawn if len(scene.sprites) == 1), options.switches))
         self.dense, _ = self.generate(Accel())
         self.video = self.decode(self.dense)
 
@@ -269,7 +275,14 @@ class Bench:
         return self._run(accel, self.prompts, self.frames, seed, history, observe=history is not None)
 
     def _run(
-        self, accel: Accel, prompts: Sequence[str], frames: int, seed: int, history: Tensor | None, observe: bool
+        self,
+        accel: Accel,
+        prompts: Sequence[str],
+        frames: int,
+        seed: int,
+        history: Tensor | None,
+        observe: bool,
+        **more: Any,
     ) -> tuple[Tensor, Report]:
         generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
         run = accel.apply(self.pipe, observe=observe)
@@ -284,6 +297,7 @@ class Bench:
                 generator=generators,
                 history=history,
                 output_type="latent",
+                **more,
             ).frames
         finally:
             run.remove(check=False)
@@ -309,9 +323,23 @@ class Bench:
     def returns(self, accel: Accel) -> float:
         """Share of the memory scenes whose sprite comes back the same."""
         prompts = [describe(scene, random.Random(scene.seed)) for scene in self.scenes]
-        latents, _ = self._run(accel, prompts, 81, 0, None, observe=False)
+        latents, _ = self._run(accel, prompts, TRAINED, 0, None, observe=False)
         clips = self.decode(latents)
         return float(np.mean([remembers(clip, scene) for clip, scene in zip(clips, self.scenes, strict=True)]))
+
+    def switches(self, accel: Accel) -> float:
+        """Share of the scenes whose sprite has the second prompt's colour at the end, and not the first's."""
+        before, after = (
+            [describe(scene, random.Random(scene.seed)) for scene in scenes]
+            for scenes in ([s.before() for s in self.recolours], [s.after() for s in self.recolours])
+        )
+
+        def condition(block: int, *_: Any) -> dict[str, Any] | None:
+            return {"prompt": after} if block == CHANGE else None
+
+        latents, _ = self._run(accel, before, TRAINED, 0, None, observe=False, condition=condition)
+        pairs = zip(self.decode(latents), self.recolours, strict=True)
+        return float(np.mean([recoloured(clip, scene) for clip, scene in pairs]))
 
     def measure(self, arm: Arm) -> dict[str, Any]:
         began = time.perf_counter()
@@ -330,9 +358,19 @@ class Bench:
             "recall": round(sum(recall) / len(recall), 3) if recall else None,
             "drift": report.cache.get("drift"),
         }
-        if self.scenes and arm.returns:
+        if self.scenes and arm.tasks:
             row["returns"] = round(self.returns(arm.accel), 3)
+        if self.recolours and arm.tasks:
+            row["switches"] = round(self.switches(arm.accel), 3)
         return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def recoloured(clip: np.ndarray, scene: Scene) -> bool:
+    """Whether the last frames of a clip show the sprite of a scene in its second colour."""
+    seen = Clip(clip, 2)
+    last = seen.within(TRAINED - 9, TRAINED)
+    old, new = (seen.track(color).seen[last].mean() for color in (scene.sprites[0].color, scene.event_color))
+    return bool(old < 0.5 < new)
 
 
 def pooled(errors: np.ndarray) -> float:
@@ -343,17 +381,18 @@ def pooled(errors: np.ndarray) -> float:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results in Markdown."""
     kinds = "PSNR, over the training length, last block, SSIM"
-    lines = [f"| arm | memory | read | shared history: {kinds} | free-running | recall | returns |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [f"| arm | memory | read | shared history: {kinds} | free-running | recall | returns | switches |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         names = ("psnr", "psnr_trained", "psnr_last_block")
         cells = [
             ", ".join(f"{row[kind][name]:.1f}" for name in names) + f", {row[kind]['ssim']:.3f}"
             for kind in ("shared", "free")
         ]
-        recall, returns = ("" if row.get(name) is None else f"{row[name]:.2f}" for name in ("recall", "returns"))
+        names = ("recall", "returns", "switches")
+        tasks = " | ".join("" if row.get(name) is None else f"{row[name]:.2f}" for name in names)
         shares = f"{row['memory']:.2f} | {row['read']:.2f}"
-        lines.append(f"| {row['arm']} | {shares} | {cells[0]} | {cells[1]} | {recall} | {returns} |")
+        lines.append(f"| {row['arm']} | {shares} | {cells[0]} | {cells[1]} | {tasks} |")
     return "\n".join(lines)
 
 
@@ -404,6 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=325, help="pixel frames, 1 + 4k")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--returns", type=int, default=16, help="clips of each event of the memory task; 0 for none")
+    parser.add_argument("--switches", type=int, default=16, help="clips whose prompt changes; 0 for none")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
     parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse", "policies", "selectors"))

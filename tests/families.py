@@ -44,6 +44,7 @@ from tiny import (
     tiny_transformer,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from diffaccel import Grid
 
@@ -79,11 +80,17 @@ class Family:
         """As the model takes it."""
         return torch.as_tensor(t).expand(rows, self.grid.frames) if self.per_frame else torch.as_tensor(t).expand(rows)
 
+    def on(self, device: str) -> Any:
+        """As `pipe`, with the denoiser or the whole pipeline there."""
+        pipe = self.pipe()
+        (pipe if self.causal is not None else pipe.transformer).to(device)
+        return pipe
+
     @torch.no_grad()
     def generate(
         self, pipe: Any, rows: int = 1, only: int | None = None, guided: bool = True, steps: int = STEPS
     ) -> Tensor:
-        """Latents after a few steps, under guidance or not; `only` one row of the batch."""
+        """Latents after a few steps, under guidance or not; `only` one row of the batch. On the model's device."""
         warnings.filterwarnings("ignore", "flex_attention called without")  # FAR's own, which diffaccel replaces
         if self.causal is not None:
             video = {"height": self.size[0], "width": self.size[1], "num_frames": 33, "num_inference_steps": steps}
@@ -95,7 +102,9 @@ class Family:
         if only is not None:
             branches = [{name: row(value, only, rows) for name, value in given.items()} for given in branches]
             x = row(x, only, rows)
-        pipe.scheduler.set_timesteps(steps)
+        device = next(pipe.transformer.parameters()).device
+        x, branches = tree_map_only(Tensor, lambda value: value.to(device), (x, branches))
+        pipe.scheduler.set_timesteps(steps, device=device)
         warnings.filterwarnings("ignore", "In CPU autocast")  # Mochi's rotary angles, in fp32 under no autocast at all
         for t in pipe.scheduler.timesteps:
             timestep = self.timestep(t if self.per_thousand else t / 1000, len(x))

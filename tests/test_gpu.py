@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from matrix import MATRIX
 from oracle import assert_within, attention64
 from profiles import fitted
+from test_families import SELECTION, takes
 from test_flashblock import GRID, go
 from test_flashblock_heads import policy
 from test_policies import generate, ids
 from tiny import tiny_pipeline
 
-from diffaccel import Accel, FlashBlock, PadCollapse, Run, TempCache
+from diffaccel import Accel, AnnSA, FlashBlock, InwardWindow, PadCollapse, Run, SinkRecent, TempCache
 from diffaccel.cache import Entries
 from diffaccel.kernel import EXACT, KERNELS
 from diffaccel.kernel.weighted import grouped, launches, over_entries
+from diffaccel.mixers import MIXERS
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +51,41 @@ def test_lossy_setting_is_finite_and_counted(pipe, row):
     assert all(slot.engaged and slot.keys_read < slot.keys_total for slot in report.slots.values())
     assert report.peak_memory_bytes > 0
     assert set(report.kernel.split(";")[0].split(", ")) <= {kernel.name for kernel in EXACT}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_is_its_stock_model_there_and_lossy_settings_engage(family):
+    pipe = family.on("cuda")
+    stock = family.generate(pipe, 2)
+    with Accel(kernel="reference")(pipe):
+        room = 8 * float((family.generate(pipe, 2) - stock).abs().max()) + 1e-3  # what another kernel's rounding is
+    for accel in (Accel(), Accel(selection=AnnSA(density=1)), Accel(cache=TempCache(threshold=None))):
+        if takes(accel, pipe):
+            with accel(pipe):
+                assert float((family.generate(pipe, 2) - stock).abs().max()) <= room
+    assert torch.equal(family.generate(pipe, 2), stock)
+    for accel in (
+        Accel(selection=SELECTION),
+        Accel(window=InwardWindow((1, 1))),
+        Accel(cache=SinkRecent(recent_frames=3)),
+    ):
+        if takes(accel, pipe):
+            with accel(pipe) as run:
+                assert torch.isfinite(family.generate(pipe)).all()
+            [counts] = run.report().slots.values()
+            assert counts.engaged
+            assert counts.keys_read < counts.keys_total
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer.__name__)
+def test_a_mixer_computes_there_what_it_computes_here(mixer):
+    model = tiny_pipeline(head_dim=32).transformer
+    layer, x = model.blocks[0].attn1, torch.randn(1, 96, model.blocks[0].attn1.to_q.in_features)
+    made = mixer(layer).eval()
+    with torch.no_grad():
+        here, _ = made(x)
+        there, _ = made.to("cuda")(x.cuda())
+    torch.testing.assert_close(there.cpu(), here, atol=2e-3, rtol=2e-3)
 
 
 def test_grouped_multiplicities_equal_a_written_out_bias(pipe):
