@@ -247,8 +247,12 @@ def policies(options: argparse.Namespace, bench: "Bench") -> list[Arm]:
 
 
 def profiles(options: argparse.Namespace, slot: str) -> dict[str, str]:
-    """The file of each technique of a slot that goes by one."""
+    """The file of each technique of a slot that goes by one; where `--only` names techniques, of those."""
+    if options.uncalibrated:
+        return {}
     needy = [technique for technique in TECHNIQUES if technique.slot == slot and technique.needs == "calibration"]
+    if any(technique.__name__ in options.only for technique in TECHNIQUES):
+        needy = [technique for technique in needy if technique.__name__ in options.only]
     return {technique.__name__: str(calibrated(options, technique)) for technique in needy}
 
 
@@ -448,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--suite", default="cache", choices=("cache", "selection", "reuse", "policies", "selectors"))
     parser.add_argument("--only", default="", help="arms whose name holds this text")
+    parser.add_argument("--uncalibrated", action="store_true", help="without techniques that go by a profile")
     parser.add_argument("--share", default="1/1", help="which part of the arms, 2/4: the second of four")
     options = parser.parse_args(arguments)
     share, shares = map(int, options.share.split("/"))

@@ -78,7 +78,8 @@ class OracleKeep(Scored):
 def arms(frames: int, watched: Callable[[Accel], Any], profiles: dict[str, str]) -> list[tuple[str, Accel]]:
     """Names and settings, for a video of so many latent frames.
 
-    `watched` runs a dense generation under an `Accel`; `profiles` has the file of each technique that reads one.
+    `watched` runs a dense generation under an `Accel`; `profiles` has files of techniques that go by one, without which
+    they are left out.
     """
     found = []
     oracle = OracleKeep(f"{2 * frames} frames", recent_frames=BLOCK, sink_frames=SINK, watching=True)
@@ -99,6 +100,8 @@ def arms(frames: int, watched: Callable[[Accel], Any], profiles: dict[str, str])
         ]
         for technique in TECHNIQUES:
             if issubclass(technique, Scored):
+                if technique.needs == "calibration" and technique.__name__ not in profiles:
+                    continue
                 own = {} if technique.needs == "nothing" else {"profile": profiles[technique.__name__]}
                 found.append((f"{name}: {technique.__name__}", Accel(cache=technique(**knobs, **own))))
         found += [

@@ -56,13 +56,15 @@ class BestOfSorted(BestBlocks):
 
 
 def arms(profiles: dict[str, str]) -> list[tuple[str, Accel]]:
-    """Names and settings; `profiles` has the file of each technique that goes by one."""
+    """Names and settings; `profiles` has files of techniques that go by one, without which they are left out."""
     found: list[tuple[str, Accel]] = []
     chosen = [technique for technique in TECHNIQUES if issubclass(technique, Choosing)]
     for density in DENSITIES:
         for technique in [ByLot, BestBlocks, BestOfSorted, *chosen]:
             knobs: dict[str, Any] = {"density": density}
             if technique.needs == "calibration":
+                if technique.__name__ not in profiles or density != technique.defaults()["density"]:
+                    continue  # a profile is of the density that it was made at
                 knobs["profile"] = profiles[technique.__name__]
             if issubclass(technique, Ranked) or "density" in technique.knobs():
                 for summaries in (True, False) if density == DENSITIES[0] else (True,):
