@@ -43,7 +43,7 @@ def put(tier, held):
     if type(tier) is ByHead:
         tier.hold(held, 2)
         return tier
-    score = torch.arange(held.there.shape[-1], 0, -1.0).expand(held.there.shape)
+    score = torch.arange(held.there.shape[-1], 0, -1.0, device=held.there.device).expand(held.there.shape)
     while any(map(any, held.counts)):
         step = tuple(
             tuple(min(n, 1 + (row + head) % 3) for head, n in enumerate(c)) for row, c in enumerate(held.counts)
