@@ -13,6 +13,7 @@ DIR/meter.jsonl.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Bench(Says):
             cost = attention(queries, keys, heads, self.dim, key_heads=own, itemsize=size)
             found[f"{queries} x {keys}, {heads} heads of {own}"] = (
                 cost,
-                lambda q=q, k=k, v=v: self.kernel.partial(q, k, v, scale=scale),
+                partial(self.kernel.partial, q, k, v, scale=scale),
                 (queries, heads, own),
             )
         (queries, keys), shares, heads = self.sizes["sparse"]
@@ -78,9 +79,9 @@ class Bench(Says):
             cost = attention(queries, read, heads, self.dim, itemsize=size)
             if self.device.type == "cpu":  # has no kernel that reads lists in place: they are copied
                 cost += Cost(memory=4 * read * heads * self.dim * size)
-                arm = lambda blocks=blocks: gathered(self.kernel, q, k, v, blocks, scale=scale)  # noqa: E731
+                arm = partial(gathered, self.kernel, q, k, v, blocks, scale=scale)
             else:
-                arm = lambda blocks=blocks: block_sparse(q, k, v, blocks, scale=scale)  # noqa: E731
+                arm = partial(block_sparse, q, k, v, blocks, scale=scale)
             found[f"{queries} x {keys}, {share} of the keys"] = (cost, arm, (queries, heads, heads))
         for queries, keys in product(*self.sizes["stored"][:2]):
             heads = self.sizes["stored"][2]

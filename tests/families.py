@@ -409,7 +409,8 @@ class Refiner(SanaWMLTX2Refiner):
         return SimpleNamespace(frames=found)
 
     def _encode_prompt(self, prompt: str, **_: Any) -> tuple[Tensor, Tensor]:
-        return noise(1, WORDS, TEXT_DIM, seed=81), torch.arange(WORDS)[None] >= 5
+        text, seen = noise(1, WORDS, TEXT_DIM, seed=81), torch.arange(WORDS)[None] >= 5
+        return text.to(self.transformer.device), seen.to(self.transformer.device)
 
 
 def sana_wm_refiner(**changes: Any) -> Any:

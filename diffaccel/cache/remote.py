@@ -128,7 +128,8 @@ class RemoteTier:
     def partial(self, q: Tensor, read: Reader) -> Partial:
         past = self._held.past()
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            out, lse = past.partial(q.to(self.device, non_blocking=True), read)
+            # a copy to the host is waited for: read before it is there, it would be of anything
+            out, lse = past.partial(q.to(self.device, non_blocking=self.device.type == "cuda"), read)
         self.link_bytes += q.nbytes + out.nbytes + lse.nbytes
         self.link_bytes_of_keys += past.bytes
         return Partial(out.to(q.device), lse.to(q.device))

@@ -74,6 +74,6 @@ class Cis(Mixer):
         aware = min(take, fixed + round(self.aware * max(0, take - fixed)))
         reads = torch.zeros_like(wanted, dtype=torch.bool).scatter_(-1, wanted.topk(aware, -1).indices, True) | always
         rest = prior.expand_as(wanted).masked_fill(reads, torch.inf)
-        most = rest.argsort(-1, descending=True, stable=True)[..., : max(take, 1)]  # of equal ones the oldest, anywhere
-        reads |= torch.zeros_like(reads).scatter_(-1, most, True)
+        best = rest.argsort(dim=-1, descending=True, stable=True)  # of equal ones the oldest, on every device
+        reads |= torch.zeros_like(reads).scatter_(-1, best[..., : max(take, 1)], True)
         return torch.zeros_like(wanted).masked_fill_(~reads, -torch.inf)[..., of]
