@@ -1,6 +1,8 @@
 """What holds for every technique, alone and composed, in whole generations of a small causal pipeline."""
 
+import gc
 import itertools
+import weakref
 from functools import cache
 
 import pytest
@@ -9,6 +11,7 @@ from matrix import MATRIX
 from tiny import tiny_pipeline
 
 from diffaccel import Accel, KnobError
+from diffaccel.accel import active_run
 from diffaccel.cache.scored import Scored
 from diffaccel.profile import ProfileError
 from diffaccel.selection.ranked import Choosing, Ranked
@@ -33,6 +36,14 @@ def generate(pipe, accel, prompts=PROMPTS, seeds=(0, 1), guidance=2.0, **changes
             list(prompts) or None, generator=generators, guidance_scale=guidance, **(settings | changes)
         ).frames
     return frames, run
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +73,15 @@ def test_exact_setting_is_dense_attention(pipe, dense, row):
 
 
 @lossy
-def test_lossy_setting_is_finite_different_and_counted(pipe, dense, row):
-    found, run = of(pipe, row, row.lossy)
+def test_lossy_setting_is_finite_different_and_counted_and_leaves_nothing_in_memory(pipe, dense, row, no_collector):
+    held = weakref.WeakSet()
+
+    def note(pipe, block, blocks, tensors):
+        for memory in active_run(pipe).all_memories():
+            held.update([memory, *memory.older])
+
+    found, run = of(pipe, row, row.lossy, callback_on_chunk_end=note)
+    assert not held  # freed where it is let go, and not when Python finds a cycle
     assert torch.isfinite(found).all()
     assert (found - dense(row.steps)).abs().max() > 1e-4
     for slot, counts in run.report().slots.items():

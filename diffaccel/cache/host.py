@@ -13,7 +13,7 @@ from ..policy import CachePolicy, knob
 from ..site import Site
 from .entries import Entries, Reader
 from .memory import Memory
-from .shuttle import Shuttle, host_like
+from .shuttle import InTurn, Shuttle, host_like
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -75,11 +75,11 @@ class HostCache(CachePolicy):
         return "no frame ever left the recent ones, so nothing moved to the host: generate more frames"
 
 
-class HostTier:
+class HostTier(InTurn):
     """Entries (B, N, H, D) in pieces on the host; a read brings one after the other to the queries' device."""
 
     def __init__(self, piece: int, shuttle: Shuttle) -> None:
-        self.piece, self.shuttle, self.following = piece, shuttle, self
+        self.piece, self.shuttle = piece, shuttle
         self._k: list[Tensor] = []
         self._v: list[Tensor] = []
         self._frames = torch.empty(0, dtype=torch.int64)
@@ -115,16 +115,16 @@ class HostTier:
 
     def fetch(self, number: int, device: torch.device) -> None:
         """Start to bring a piece to the device, beside what runs there."""
-        self.shuttle.fetch((self, number), self._piece(number), device)
+        self.shuttle.fetch(self, number, self._piece(number), device)
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         result: Partial | None = None
         for number in range(len(self._k)):
-            k, v = self.shuttle.take((self, number), self._piece(number), q.device)
+            k, v = self.shuttle.take(self, number, self._piece(number), q.device)
             if number + 1 < len(self._k):
                 self.fetch(number + 1, q.device)
-            elif self.following.count:
-                self.following.fetch(0, q.device)
+            elif (following := self.following) is not None and following.count:
+                following.fetch(0, q.device)
             frames = self._frames[number * self.piece : number * self.piece + k.shape[1]]
             found = read(q, Entries(k, v, frames))
             result = found if result is None else merge([result, found])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernel.merge import Partial
 from ..kernel.weighted import can_in_place, channels_of, spare
 from .entries import Entries, Lasting, Reader, Room
-from .shuttle import Shuttle, host_like
+from .shuttle import InTurn, Shuttle, host_like
 from .store import Joined, Plain, Store, longer, make_store, portions, size_of
 
 if TYPE_CHECKING:
@@ -143,13 +143,13 @@ class MergedTokens:
     def fetch(self) -> None:
         """Start to bring keys and values to the device, for a commit."""
         if self.shuttle is not None and self._away:
-            self.shuttle.fetch(self, self._filled, self.count.device)
+            self.shuttle.fetch(self, 0, self._filled, self.count.device)
 
     def unpark(self) -> None:
         """Have keys and values on the device, for a commit."""
         if self.shuttle is None or not self._away:
             return
-        filled = iter(self.shuttle.take(self, self._filled, self.count.device))
+        filled = iter(self.shuttle.take(self, 0, self._filled, self.count.device))
         for store in self._stores:
             here = [part.new_zeros(part.shape, device=self.count.device) for part in store.parts]
             for part in here:
@@ -418,7 +418,7 @@ class MergedTokens:
 
 
 @dataclass(eq=False)
-class Row:
+class Row(InTurn):
     """One filled row: what is known of its entries on the host, and how to read them; `following` is read next."""
 
     merged: MergedTokens
@@ -427,7 +427,6 @@ class Row:
     multiplicity: tuple[tuple[int, int], ...]
     lasting: Lasting
     notes: dict[Any, Any] = field(default_factory=dict)
-    following: "Row | None" = None
 
     @property
     def count(self) -> int:
@@ -437,9 +436,9 @@ class Row:
         merged, shuttle, k = self.merged, self.merged.shuttle, len(self.merged.k.parts)
         parts = self._parts()
         if shuttle is not None:
-            parts = shuttle.take(self, parts, merged.count.device)
-            if self.following is not None and self.following.count:
-                shuttle.fetch(self.following, self.following._parts(), merged.count.device)
+            parts = shuttle.take(self, 0, parts, merged.count.device)
+            if (following := self.following) is not None and following.count:
+                shuttle.fetch(following, 0, following._parts(), merged.count.device)
         vectors = (merged.k.opened(parts[:k], self.number), merged.v.opened(parts[k:], self.number))
         return Entries(*vectors, self.frames, self.multiplicity, self.notes, self.lasting, room=self.room())
 

@@ -1,6 +1,8 @@
 """Between the host's memory and the device, beside what runs there."""
 
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,12 +16,13 @@ class Shuttle:
     """
 
     def __init__(self) -> None:
-        self._coming: tuple[Hashable, list[Tensor], torch.cuda.Event | None] | None = None
+        self._coming: tuple[tuple[weakref.ref[object], int], list[Tensor], torch.cuda.Event | None] | None = None
         self._stream: torch.cuda.Stream | None = None
         self._sent: torch.cuda.Event | None = None
 
-    def fetch(self, key: Hashable, tensors: Sequence[Tensor], device: torch.device) -> None:
-        """Start to bring `tensors`; `take` with the same key gets them."""
+    def fetch(self, owner: object, number: int, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Start to bring `tensors`, which `take` gets by the same owner and number."""
+        key = weakref.ref(owner), number  # owners hold the shuttle
         if device.type != "cuda":
             self._coming = key, [tensor.to(device) for tensor in tensors], None
             return
@@ -31,10 +34,10 @@ class Shuttle:
             brought = [tensor.to(device, non_blocking=True) for tensor in tensors]
             self._coming = key, brought, self._stream.record_event()
 
-    def take(self, key: Hashable, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """What was fetched under `key`, else fetched now; the device's current stream waits for it."""
-        if self._coming is None or self._coming[0] != key:
-            self.fetch(key, tensors, device)
+    def take(self, owner: object, number: int, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What was fetched for it, else fetched now; the device's current stream waits for it."""
+        if self._coming is None or self._coming[0] != (weakref.ref(owner), number):
+            self.fetch(owner, number, tensors, device)
         assert self._coming is not None
         _, brought, arrived = self._coming
         self._coming = None
@@ -54,6 +57,23 @@ class Shuttle:
         target.copy_(tensor, non_blocking=True)
         if tensor.is_cuda:
             self._sent = torch.cuda.current_stream(tensor.device).record_event()
+
+
+class InTurn:
+    """What is read piece by piece, and then what is `following`.
+
+    These form a ring, so none holds the next: else all would stay in memory after a run, until Python looks for cycles.
+    """
+
+    _following: "weakref.ref[Self] | None" = None
+
+    @property
+    def following(self) -> Self | None:
+        return None if self._following is None else self._following()
+
+    @following.setter
+    def following(self, other: Self) -> None:
+        self._following = weakref.ref(other)
 
 
 def host_like(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernel.merge import Partial, merge
 from .entries import Reader
 from .ragged import ByHead, Counts, Ragged, each_head
-from .shuttle import Shuttle, host_like
+from .shuttle import InTurn, Shuttle, host_like
 from .store import make_store, size_of
 
 PIECE_FRAMES = 8
@@ -52,7 +52,7 @@ def plain(k: Tensor, v: Tensor, places: int) -> tuple[Vectors, Vectors]:
     return make_store(k, places, None), make_store(v, places, None)
 
 
-class Stored(ByHead):
+class Stored(ByHead, InTurn):
     """A tier of entries in pieces, each a pair of stores with a row for every row and head of the batch.
 
     With a `shuttle` the pieces lie in the host's memory, and the next one comes while one is read. What is added moves
@@ -61,7 +61,7 @@ class Stored(ByHead):
 
     def __init__(self, make: Make, shuttle: Shuttle | None = None) -> None:
         super().__init__()
-        self._make, self._shuttle, self.following = make, shuttle, self
+        self._make, self._shuttle = make, shuttle
         self._pieces: list[tuple[Vectors, Vectors]] = []
         self._places = 0  # of a piece
         self._frames: list[Tensor] = []  # of what was taken, -1 where a head has nothing
@@ -150,7 +150,7 @@ class Stored(ByHead):
     def fetch(self, number: int, device: torch.device) -> None:
         """Start to bring a piece to the device."""
         assert self._shuttle is not None
-        self._shuttle.fetch((self, number), self._parts(number), device)
+        self._shuttle.fetch(self, number, self._parts(number), device)
 
     def partial(self, q: Tensor, read: Reader) -> Partial:
         result: Partial | None = None
@@ -167,11 +167,11 @@ class Stored(ByHead):
         """Keys and values (B, n, H, D) of a piece, and what of it each row and head has."""
         parts = self._parts(number)
         if self._shuttle is not None:
-            parts = self._shuttle.take((self, number), parts, device)
+            parts = self._shuttle.take(self, number, parts, device)
             if number + 1 < self._filled:
                 self.fetch(number + 1, device)
-            elif self.following._filled:
-                self.following.fetch(0, device)
+            elif (following := self.following) is not None and following._filled:
+                following.fetch(0, device)
         start = number * self._places
         counts = each_head(lambda n: min(max(n - start, 0), self._places), self._counts)
         most, shape, (keys, values) = max(map(max, counts)), (len(counts), -1), self._pieces[number]

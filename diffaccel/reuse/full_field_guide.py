@@ -169,9 +169,9 @@ class _Kept:
             return kept[0].clone()
         if self.hold == "int8":
             return (kept[0].float() * kept[1]).to(self.dtype)
-        (found,) = self.shuttle.take(layer, kept, self.device)
+        (found,) = self.shuttle.take(self, layer, kept, self.device)
         following = layer + 1 if layer + 1 in self.layers else min(self.layers)
-        self.shuttle.fetch(following, self.layers[following], self.device)
+        self.shuttle.fetch(self, following, self.layers[following], self.device)
         return found if found.is_cuda else found.clone()
 
     @property
