@@ -145,7 +145,8 @@ def test_reading_one_host_tier_fetches_the_next():
         put(tier, ragged(((3, 3, 3), (3, 3, 3))))
     first.partial(queries(), read)
     assert first._shuttle is second._shuttle
-    assert first._shuttle._coming[0] == (second, 0)
+    owner, number = first._shuttle._coming[0]
+    assert (owner(), number) == (second, 0)
 
 
 def test_few_tokens_shown_first_do_not_spoil_those_that_come_later():
