@@ -160,7 +160,7 @@ MATRIX = [
     ),
     Row(
         Accel(selection=TokenSelect(density=1.0)),
-        Accel(selection=TokenSelect(0.3, refresh="similar", similarity=0.999, dense_steps=0, min_past=0)),
+        Accel(selection=TokenSelect(0.3, similarity=0.999, dense_steps=0, min_past=0)),
     ),
     Row(
         Accel(selection=TokenSelect(density=1.0), cache=TempCache(threshold=None)),

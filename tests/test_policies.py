@@ -211,6 +211,8 @@ BAD = [
         ]
     ],
     ("TokenSelect", {"similarity": 2}, "similarity=2"),
+    ("AnnSA", {"similarity": 0.9, "refresh": "step"}, 'goes with refresh="block", got similarity=0.9'),
+    ("HyLRA", {"similarity": 0.9}, "a plan says when, got similarity=0.9"),
     ("TokenSelect", {"pool": "sum"}, "choose one of mean, max"),
     ("HiP", {"order": "curv"}, "did you mean 'curve'"),
     ("HiP", {"representative": "mean"}, "choose one of middle, first"),

@@ -37,6 +37,7 @@ class Borrowing(Profiled, Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(self.similarity is None, "a plan says when", similarity=self.similarity)
         measured = None if self._profile is None else self._profile.knobs.get("density")
         self.require(
             measured in (None, self.density),

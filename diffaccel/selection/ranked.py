@@ -206,18 +206,49 @@ class Ranked(Choosing):
     exact: ClassVar[dict[str, Any]] = {"density": 1.0}
 
     density: float = knob(0.3, "share of the keys a query reads where it chooses, in (0, 1]")
+    _: KW_ONLY
+    similarity: float | None = knob(
+        None,
+        "choose anew within a block of the video when its mean query has less than this cosine to that of then, in "
+        "[-1, 1]; None: when refresh says",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 < self.density <= 1, "density is a share in (0, 1]", density=self.density)
+        self.require(
+            self.similarity is None or (-1 <= self.similarity <= 1 and self.refresh == "block"),
+            'similarity is a cosine in [-1, 1], and goes with refresh="block"',
+            similarity=self.similarity,
+            refresh=self.refresh,
+        )
 
     @abstractmethod
     def rank(self, asked: Asked) -> Tensor:
         """What each block of keys is worth to each block of queries, (B, H or 1, QB or 1, KB); the order counts."""
 
     def choose(self, asked: Asked) -> None:
+        keys, before = asked.keys, asked.keys.lists
+        known = self.similarity is not None and super().stands(keys, asked.given, asked.site) and before is not None
+        similar = self._similar(keys, asked.given) if known else None
         rank = self.rank(asked)
-        asked.keys.read_best(rank.expand(*asked.q.shape[:3], -1), asked.take, asked.query_block)
+        keys.read_best(rank.expand(*asked.q.shape[:3], -1), asked.take, asked.query_block)
+        if self.similarity is None:
+            return
+        mean = _mean(asked.given)
+        if similar is not None and before is not None and keys.lists is not None:  # a video goes by its own queries
+            keys.lists.lists[similar] = before.lists[similar]
+            mean[similar] = keys.kept["query"][similar]
+        keys.kept["query"] = mean
+
+    def stands(self, keys: KeyBlocks, q: Tensor, site: Site) -> bool:
+        known = super().stands(keys, q, site)
+        return known and (self.similarity is None or bool(self._similar(keys, q).all()))
+
+    def _similar(self, keys: KeyBlocks, q: Tensor) -> Tensor:
+        """Of which videos what was chosen stands, bool (B,)."""
+        assert self.similarity is not None
+        return torch.cosine_similarity(_mean(q), keys.kept["query"]) >= self.similarity
 
     def take(self, keys: int, free: int, blocks: int, site: Site) -> int:
         block = free // blocks
@@ -228,3 +259,8 @@ class Ranked(Choosing):
 
     def _what_leaves_some(self) -> str:
         return f"density={self.density}"
+
+
+def _mean(q: Tensor) -> Tensor:
+    """Over tokens, of all heads, (B, H * D)."""
+    return q.mean(1, dtype=torch.float32).flatten(1)
