@@ -95,7 +95,7 @@ class Accel:
                     f"{type(pipe).__name__} is accelerated already: leave that `with` (or call run.remove()) first, "
                     "and give one Accel all the techniques"
                 )
-        causal = _causal(pipe, family)
+        causal = goes_by_blocks(pipe, family)
         for slot, policy in self.policies().items():
             reason = _refusal(family, denoisers, slot, policy, type(pipe).__name__, causal)
             if reason:
@@ -130,7 +130,7 @@ class Accel:
     def describe(self, pipe: Any) -> list[dict[str, Any]]:
         """What `apply` would patch: a row a denoiser with its geometry, and why it cannot take a slot (or None)."""
         family, denoisers = backbone.find(pipe)
-        causal = _causal(pipe, family)
+        causal = goes_by_blocks(pipe, family)
         rows = []
         for denoiser in denoisers:
             row = dict(vars(family.geometry(denoiser)), causal=causal, refuses={})
@@ -179,7 +179,7 @@ def active_run(pipe: Any) -> Run | None:
     return None
 
 
-def _causal(pipe: Any, family: backbone.Backbone) -> bool:
+def goes_by_blocks(pipe: Any, family: backbone.Backbone) -> bool:
     """Whether it generates block by block: as a pipeline of ours says of itself, or the family of a stock one."""
     return bool(getattr(family, "block_causal", False) or any(map(_says_causal, (pipe, getattr(pipe, "blocks", None)))))
 

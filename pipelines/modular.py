@@ -88,7 +88,7 @@ class CausalWanDenoiseStep(_Published):
     def expected_configs(self) -> list[ConfigSpec]:
         return [
             ConfigSpec("frames_per_block", 3, "latent frames of a block"),
-            ConfigSpec("sampler", "multistep", "multistep or few_step, as the transformer was trained for"),
+            ConfigSpec("sampler", "multistep", "multistep, few_step or rolling, as the transformer was trained for"),
             ConfigSpec("preset", None, "a preset's name or file, where a call brings no accel"),
         ]
 

@@ -50,6 +50,8 @@ def auto(pipe: Any, num_frames: int, height: int, width: int, frames_per_block: 
     """
     [family, denoisers], device = find(pipe), pipe._execution_device.type
     if not getattr(pipe, "block_causal", False):
+        if getattr(family, "block_causal", False):
+            return Accel(), f"dense: the blocks of {type(pipe).__name__} are its own; name techniques for it"
         return Accel(), f"dense: {family.name} makes all frames at once, and nothing that is kept of earlier ones pays"
     shape = family.geometry(denoisers[0])
     patch, scale = shape.patch, pipe.vae_scale_factor_spatial

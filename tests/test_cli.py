@@ -464,6 +464,23 @@ def test_info_says_what_would_be_patched_and_what_is_refused(run, models):
     assert "PadCollapse: yes" in text
 
 
+def test_a_stock_pipeline_that_goes_by_blocks_is_run_as_it_is_and_its_cache_is_drawn(run, tmp_path):
+    from families import anyflow_far
+
+    anyflow_far().save_pretrained(tmp_path / "far")
+    of_far = ("--model", tmp_path / "far", "--size", "256x128", "--frames", 33, "--steps", 4)
+    asked = ("--set", "cache=sinkrecent", "--set", "cache.recent_frames=3", "--plots", "drawn", "--report", "r.json")
+    result = run("generate", "a red circle", *of_far, *asked, model=None)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(Path("r.json").read_text())
+    assert report["frames"] == len(read_video("out.mp4")) == 33
+    assert report["slots"]["cache"]["engaged"]
+    assert [block["frame"] for block in report["blocks"]] == [1, 3, 4, 5, 6]  # those that are finished
+    assert list(Path("drawn").glob("*.png"))
+    result = run("generate", "a red circle", *of_far, "--preset", "auto", model=None)
+    assert "dense: the blocks of AnyFlowFARPipeline are its own" in result.stderr
+
+
 def test_help_is_quick():
     code = (
         "import sys; from diffaccel.cli import app\n"

@@ -133,6 +133,8 @@ def generate(
         if report is not None:
             check_parent(report)
         if plots is not None:
+            from .. import backbone
+            from ..accel import goes_by_blocks
             from ..plots import check_plots, plot_cache
 
             check_plots()
@@ -163,7 +165,7 @@ def generate(
         if graphs:
             check_graphs(pipe, comparing=comparing, observing=plots is not None)
         require(
-            plots is None or getattr(pipe, "block_causal", False),
+            plots is None or goes_by_blocks(pipe, backbone.find(pipe)[0]),
             f"--plots draws the cache of block-by-block generation, and {type(pipe).__name__} has none; leave it out",
         )
         wanted = {

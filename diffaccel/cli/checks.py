@@ -223,7 +223,7 @@ def check_graphs(pipe: Any, *, comparing: bool, observing: bool) -> None:
     require(not observing, "--graphs captures nothing while --plots looks at the cache; leave one of the two out")
     require(
         getattr(pipe, "block_causal", False),
-        f"--graphs replays what repeats from block to block, and {type(pipe).__name__} has one; leave it out",
+        f"--graphs is for pipelines that stream block by block, and {type(pipe).__name__} does not; leave it out",
     )
     why = unfit(pipe.transformer)
     require(why is None, f"--graphs captures forwards of weights that stay on a GPU, and {why}")

@@ -70,9 +70,9 @@ class Job:
             timing = not self.arguments.get("graphs", False)
             observed = self.accel(self.pipe, timing=timing, observe=self.observe)
             with observed as run, self._traced(run, traces), writer, progress_bar(prompt) as show:
-                if run.causal:
+                if getattr(self.pipe, "block_causal", False):
                     self._stream(prompt, run, writer, show)
-                else:
+                else:  # a stock pipeline, which hands its frames over at the end, also where it cuts blocks
                     self._at_once(prompt, run, writer, show)
         except NotEngagedError as error:
             idle = str(error)
