@@ -283,7 +283,7 @@ class CausalWanPipeline(WanPipeline):
             call, rows = rollout.call, rollout.latents.shape[0]
             size = (call.num_frames, call.height, call.width)
             if rollout.rolling:
-                rolling.refuse(run)
+                rolling.refuse(run.accel)
             window = rollout.steps if rollout.rolling else 1
             run.begin(total, self.extent(*size, len(rollout.embeds), rows, call.frames_per_block, window))
             rollout.cached = rollout.embeds["cond"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.accel import Accel
 from diffaccel.errors import UnsupportedError
 from diffaccel.run import Run
 
@@ -18,9 +19,9 @@ from . import callbacks, conditions, few_step
 from .inputs import Rollout
 
 
-def refuse(run: Run) -> None:
+def refuse(accel: Accel) -> None:
     """Raises `UnsupportedError` where a technique goes by the steps of one block over one past."""
-    reuse = run.accel.reuse
+    reuse = accel.reuse
     if reuse is not None and not reuse.is_exact:
         raise UnsupportedError(
             f"{type(reuse).__name__} (slot reuse) keeps attention from step to step of a block, and in a rolling "

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from profiles import assert_nothing_but_profiles_is_missing
 from tiny import tiny_components, tiny_pipeline
 from typer.testing import CliRunner
@@ -479,6 +480,28 @@ def test_a_stock_pipeline_that_goes_by_blocks_is_run_as_it_is_and_its_cache_is_d
     assert list(Path("drawn").glob("*.png"))
     result = run("generate", "a red circle", *of_far, "--preset", "auto", model=None)
     assert "dense: the blocks of AnyFlowFARPipeline are its own" in result.stderr
+
+
+def test_the_sampler_rolling_takes_no_reuse_and_says_so_before_anything_is_computed(run, models, nothing_computed):
+    pipe = CausalWanPipeline.from_pretrained(models / "causal")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)
+    pipe.register_to_config(sampler="rolling")
+    pipe.save_pretrained("rolling")
+    small = ("--frames", 33, "--size", "48x32", "--steps", 3)
+    refused = run("generate", "a red circle", "--model", "rolling", *small, "--preset", "balanced")
+    assert refused.exit_code == 2
+    assert "others at every forward: leave reuse out" in refused.stderr
+
+
+def test_without_a_preset_the_sampler_rolling_has_one_without_reuse(run, models):
+    small = ("--frames", 33, "--size", "48x32", "--steps", 3)
+    pipe = CausalWanPipeline.from_pretrained(models / "causal")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)
+    pipe.save_pretrained("rolling")
+    made = run("generate", "a red circle", "--model", "rolling", *small, "--sampler", "rolling")
+    assert made.exit_code == 0, made.stderr
+    assert "balanced without reuse" in made.stderr
+    assert "reuse" not in made.stdout
 
 
 def test_help_is_quick():

@@ -6,6 +6,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -153,11 +154,19 @@ def accel_for(pipe: Any, preset: str | None, changes: Sequence[str], arguments: 
     """The preset with its changes, for a call of the pipeline with these arguments; "auto" says what it is."""
     from ..pipelines.presets import auto
 
+    if preset is None and _sampler(pipe, arguments) == "rolling":
+        say("note: under the sampler rolling the preset is balanced without reuse, which has no place there")
+        return build_accel(replace(build_accel("balanced"), reuse=None), changes)
     if preset != "auto":
         return build_accel(given_preset(preset or default_preset(pipe)), changes)
     chosen, why = auto(pipe, *(arguments[name] for name in ("num_frames", "height", "width")))
     say(f"note: preset auto is {why}")
     return build_accel(chosen, changes)
+
+
+def _sampler(pipe: Any, arguments: dict[str, Any]) -> str | None:
+    found = arguments.get("sampler", pipe.config.get("sampler"))
+    return None if found is None else str(found)
 
 
 def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompts: Sequence[str]) -> None:
@@ -167,6 +176,7 @@ def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompt
 
     from .. import backbone
     from ..errors import UnsupportedError
+    from ..pipelines import rolling
     from ..pipelines.inputs import DEFAULT_GUIDANCE, SAMPLERS, check_frames, check_size, unread
 
     causal = bool(getattr(pipe, "block_causal", False))
@@ -183,7 +193,9 @@ def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompt
                 f"--{name} is for block-by-block generation, and {type(pipe).__name__} makes the whole video at once; "
                 "leave it out, or use --pipeline causal with a causal checkpoint"
             )
-    sampler = arguments.get("sampler", pipe.config.get("sampler"))
+    sampler = _sampler(pipe, arguments)
+    if sampler == "rolling":
+        rolling.refuse(accel)
     guidance = arguments.get("guidance_scale", DEFAULT_GUIDANCE.get(sampler))
     if "negative_prompt" in arguments and guidance is not None and guidance <= 1:
         raise UsageError(
