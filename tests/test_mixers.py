@@ -23,6 +23,7 @@ from diffaccel.mixers.group_shift import GroupShift
 from diffaccel.mixers.lightning import Lightning, Lightning2
 from diffaccel.mixers.local_linear import LocalLinear, LocalLinearTier
 from diffaccel.mixers.local_linear import Moments as Fit
+from diffaccel.mixers.mixer import Past, softmax
 from diffaccel.mixers.titans import Rates, State, Titans, gradient, learn, recall
 
 WIDTH, HEADS, DIM = 32, 4, 8
@@ -380,6 +381,23 @@ def test_what_a_group_reads():
     read = weights[0] > 0
     assert read[5, 0].nonzero().flatten().tolist() == [0, 4, 5, 6, 7]
     assert read[5, HEADS - 1].nonzero().flatten().tolist() == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("past", [0, 1, 3, 6, 9])
+@pytest.mark.parametrize("new", [1, 2, 5, 11])
+@pytest.mark.parametrize("sinks", [0, 1, 5])
+def test_groups_are_a_mask_over_all_tokens_written_out(past, new, sinks):
+    mixer, total = small(GroupShift, group=4, sinks=sinks), past + new
+    q, k, v = heads(total)
+    place = torch.arange(total)
+    shift = 2 * (torch.arange(HEADS) >= HEADS // 2)
+    own = (place[:, None] + shift) // 4
+    reads = (own[past:, :, None] == own.mT[None]) | (place < sinks)
+    bias = torch.zeros(reads.shape).double().masked_fill(~reads, -torch.inf)
+    state = Past(k[:, :past], v[:, :past]) if past else None
+    found, seen = mixer.mix(SimpleNamespace(q=q[:, past:], k=k[:, past:], v=v[:, past:]), state)
+    torch.testing.assert_close(found, softmax(q[:, past:], k, v, bias).out)
+    assert torch.equal(seen.k, k)
 
 
 def test_low_rank_changes_are_all_that_is_learned():

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .mixer import Mixer, Past, Tokens, extended, softmax
+from .mixer import Mixer, Past, Tokens, attend, extended
 from .projections import Rotary
 
 
@@ -71,7 +71,7 @@ class CCA(Mixer):
     def mix(self, tokens: Tokens, state: Past | None) -> tuple[Tensor, Any]:
         seen = extended(state, tokens.k, tokens.v)
         k, v = (each.repeat_interleave(self.groups, 2) for each in (seen.k, seen.v))
-        return softmax(tokens.q, k, v).out, seen
+        return attend(tokens.q, k, v), seen
 
     def compressed(self, x: Tensor, before: Tensor | None, pos: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, S, heads, D), keys and values (B, S, kv_heads, D)."""

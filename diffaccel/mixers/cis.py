@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .mixer import Mixer, Past, Tokens, extended, softmax
+from .mixer import Mixer, Past, Tokens, attend, extended
 
 
 class Cis(Mixer):
@@ -52,7 +52,7 @@ class Cis(Mixer):
         seen = extended(state, tokens.k, tokens.v, self.importance(tokens.v))
         assert seen.weight is not None
         bias = seen.weight.mT[:, None] + self._unread(tokens, seen)
-        return softmax(tokens.q, seen.k, seen.v, bias).out, seen
+        return attend(tokens.q, seen.k, seen.v, bias), seen
 
     @torch.no_grad()
     def _unread(self, tokens: Tokens, seen: Past) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .mixer import Mixer, Past, Tokens, extended, softmax
+from .mixer import Mixer, Past, Tokens, attend, extended
 
 
 class State(NamedTuple):
@@ -72,10 +72,10 @@ class FluxRouter(Mixer):
             dense = drawn if self.training else (logits[:, 0] >= logits[:, 1]).to(logits)
         bias = self._window(seen.k.shape[1], tokens.q.shape[1]).to(tokens.q)
         if self.training:
-            full, near = (softmax(tokens.q, seen.k, seen.v, b).out for b in (None, bias))
+            full, near = (attend(tokens.q, seen.k, seen.v, b) for b in (None, bias))
             return near.lerp(full, dense[:, None, None, None]), State(seen, dense)
         rows = zip(*(x.split(1) for x in (tokens.q, seen.k, seen.v)), dense.tolist(), strict=True)
-        return torch.cat([softmax(q, k, v, None if d else bias).out for q, k, v, d in rows]), State(seen, dense)
+        return torch.cat([attend(q, k, v, None if d else bias) for q, k, v, d in rows]), State(seen, dense)
 
     def _window(self, total: int, new: int) -> Tensor:
         """Bias (S, 1, N): a token reads tokens no more than `window` away, and the sinks."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .mixer import Mixer, Past, Tokens, extended, softmax
+from .mixer import Mixer, Past, Tokens, attend, extended
 
 
 class GroupShift(Mixer):
@@ -40,14 +40,35 @@ class GroupShift(Mixer):
                     setattr(parent, name, LowRank(child, rank))
 
     def mix(self, tokens: Tokens, state: Past | None) -> tuple[Tensor, Any]:
-        seen = extended(state, tokens.k, tokens.v)
-        total, new = seen.k.shape[1], tokens.q.shape[1]
-        place = torch.arange(total, device=tokens.q.device)
-        shift = torch.arange(tokens.q.shape[2], device=place.device) >= tokens.q.shape[2] // 2
-        own = torch.div(place[:, None] + shift * (self.group // 2), self.group, rounding_mode="floor")  # (N, H)
-        reads = (own[total - new :, :, None] == own.mT[None]) | (place < self.sinks)
-        bias = torch.zeros(reads.shape, device=place.device).masked_fill_(~reads, -torch.inf)
-        return softmax(tokens.q, seen.k, seen.v, bias).out, seen
+        seen, half = extended(state, tokens.k, tokens.v), tokens.q.shape[2] // 2
+        parts = [(slice(0, half), 0), (slice(half, None), self.group // 2)][half == 0 :]
+        out = [
+            self._grouped(tokens.q[:, :, heads], seen.k[:, :, heads], seen.v[:, :, heads], shift)
+            for heads, shift in parts
+        ]
+        return torch.cat(out, 2), seen
+
+    def _grouped(self, q: Tensor, k: Tensor, v: Tensor, shift: int) -> Tensor:
+        """Of the last tokens' queries (B, S, H, D), in groups that begin `shift` tokens before the first of all."""
+        (rows, new), total, size = q.shape[:2], k.shape[1], self.group
+        first, last = (total - new + shift) // size, (total - 1 + shift) // size
+        begin, end = first * size - shift, (last + 1) * size - shift  # tokens that these groups have place for
+
+        def groups(x: Tensor, start: int) -> Tensor:
+            """Of tokens from `start` on, (B * groups, size, H, D)."""
+            x = nn.functional.pad(x[:, max(0, begin - start) :], (0, 0, 0, 0, max(0, start - begin), end - total))
+            return x.reshape(-1, size, *x.shape[2:])
+
+        place = torch.arange(begin, end, device=q.device).view(-1, size)
+        sink = torch.arange(min(self.sinks, total), device=q.device)
+        apart = torch.div(sink + shift, size, rounding_mode="floor") != torch.arange(first, last + 1).to(sink)[:, None]
+        there = torch.cat([(place >= 0) & (place < total), apart], 1)  # a sink is not read twice
+        keys, values = (
+            torch.cat([groups(x, 0), x[:, : len(sink)].repeat_interleave(len(place), 0)], 1) for x in (k, v)
+        )
+        bias = torch.zeros(there.shape, device=q.device).masked_fill_(~there, -torch.inf)
+        out = attend(groups(q, total - new), keys, values, bias.repeat(rows, 1)[:, None, None])
+        return out.reshape(rows, -1, *out.shape[2:])[:, total - new - begin :][:, :new]
 
 
 class LowRank(nn.Module):

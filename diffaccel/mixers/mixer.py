@@ -88,6 +88,13 @@ def extended(past: Past | None, k: Tensor, v: Tensor, weight: Tensor | None = No
     return Past(k, v, weight) if past is None else past.followed_by(k, v, weight)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The output of `softmax` alone, by PyTorch's fused kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    bias = None if bias is None else bias.to(q.dtype).movedim(-2, -3)  # to (..., H, S, N)
+    return nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+
+
 def softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Partial:
     """Attention with `bias` (broadcast to (B, S, H, N)) added to the scores; every query needs a key above -inf."""
     scores = torch.einsum("bshd,bnhd->bshn", q, k) * q.shape[-1] ** -0.5
