@@ -208,8 +208,8 @@ def table(found: dict[str, Any]) -> str:
         f"{found['steps']} steps, learning rate 1e-3, seeds 0 to {found['seeds'] - 1} (mean, and least to most after), "
         f"layers {LAYERS[0]} and {LAYERS[1]}; {found['machine']}, one thread, torch {found['torch']}. "
         "`error`: mean square of the difference to the layer's output over that of the output, of what was not taught. "
-        f"`state`: what is kept of {LENGTH} tokens of text over what their keys and values take. `ms`: a forward of one "
-        "layer of the video model over so many tokens.\n"
+        f"`state`: what is kept of {LENGTH} tokens of text over what their keys and values take. "
+        "`ms`: a forward of one layer of the video model over so many tokens.\n"
     )
     return "\n".join([*lines, "", how])
 
