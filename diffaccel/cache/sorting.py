@@ -183,8 +183,8 @@ class Sorting(Looking):
             memories, pools, self.allocate(shares, available, capacity), strict=True
         ):
             kept, past = _kept(memory), memory.exact.past().entries
-            new = Ragged.whole(past.k[:, leaving], past.v[:, leaving], {})
-            pool = new if kept.held is None else kept.held.then(new)
+            new, held = Ragged.whole(past.k[:, leaving], past.v[:, leaving], {}), kept.held  # which it opens each time
+            pool = new if held is None else held.then(new)
             stays, gone = replace(pool, columns=columns).split(score, counts)
             kept.hold(stays, per_frame)
             if len(memory.older) > 1 and any(map(any, gone.counts)):
