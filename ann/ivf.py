@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .hashing import generator
 from .index import Index, distances_between, distances_to, require, require_at_least, smallest
 from .kmeans import KMeans
 
@@ -30,7 +31,8 @@ class IVF(Index[_Lists]):
     largest lists of any problem, so balanced lists are fast lists. `fit` waits for the device once more, to learn how
     large they are.
 
-    Building: `lists`, at most the number of points; `iterations` of k-means; `seed`. Searching: `probes` in [1, lists].
+    Building: `lists`, at most the number of points; `iterations` of k-means, over a random `sample` of so many points
+    where there are more (None: all), as Faiss takes 256 a list; `seed`. Searching: `probes` in [1, lists].
     """
 
     query_knobs: ClassVar = ("probes",)
@@ -39,11 +41,13 @@ class IVF(Index[_Lists]):
     iterations: int = 10
     seed: int = 0
     probes: int = 4
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, lists=self.lists)
         require_at_least(0, iterations=self.iterations)
+        require_at_least(self.lists, sample=self.lists if self.sample is None else self.sample)
         require(
             1 <= self.probes <= self.lists,
             f"probes is between 1 and lists, got probes={self.probes!r} with lists={self.lists}",
@@ -55,7 +59,12 @@ class IVF(Index[_Lists]):
             f"lists is at most the number of points, got lists={self.lists} with {points_PND.shape[1]} points",
         )
         metric = "cosine" if self.metric == "cosine" else "l2"
-        clusters = KMeans(self.lists, metric, self.iterations, self.seed).fit(points_PND)
+        learnt_from, count = points_PND, points_PND.shape[1]
+        if self.sample is not None and self.sample < count:
+            device = points_PND.device
+            drawn = torch.randperm(count, generator=generator(self.seed, device), device=device)[: self.sample]
+            learnt_from = points_PND[:, drawn]
+        clusters = KMeans(self.lists, metric, self.iterations, self.seed).fit(learnt_from)
         assigned, ids = clusters.assign(points_PND).sort(dim=1, stable=True)
         edges = torch.arange(self.lists + 1, device=ids.device).expand(len(ids), -1).contiguous()
         bounds = torch.searchsorted(assigned, edges)

@@ -14,6 +14,7 @@ from .asked import Asked
 from .ranked import Ranked
 
 _STEPS = ("centre", "scale")
+_LEARNT_FROM = 64  # keys a list
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,4 @@ class RetrievalAttention(Ranked):
         probes = ceil(self.scanned * lists)
         if self.index == "faiss":
             return Faiss(f"IVF{lists},Flat", "ip", f"nprobe={probes}")
-        return Flat("ip") if self.index == "flat" else IVF("ip", lists, probes=probes)
+        return Flat("ip") if self.index == "flat" else IVF("ip", lists, probes=probes, sample=_LEARNT_FROM * lists)
