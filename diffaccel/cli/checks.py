@@ -164,9 +164,9 @@ def accel_for(pipe: Any, preset: str | None, changes: Sequence[str], arguments: 
     return build_accel(chosen, changes)
 
 
-def _sampler(pipe: Any, arguments: dict[str, Any]) -> str | None:
-    found = arguments.get("sampler", pipe.config.get("sampler"))
-    return None if found is None else str(found)
+def _sampler(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """None for a pipeline that has none."""
+    return arguments.get("sampler", pipe.config.get("sampler"))
 
 
 def check_arguments(pipe: Any, accel: "Accel", arguments: dict[str, Any], prompts: Sequence[str]) -> None:
