@@ -17,6 +17,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -129,7 +130,8 @@ class Comparison:
             # pooled: a mean of decibels is lifted by early frames that hardly differ
             psnr = (_decibel(s.psnr_pooled), _decibel(s.psnr_worst)) if not s.identical else ("identical", "identical")
             flicker = f"{_ratio(s.flicker, s.flicker_reference)} of dense"
-            rows.append((ARMS[name], *psnr, f"{s.ssim_mean:.4f}", flicker, f"{s.seam:.2f} ({s.seam_reference:.2f})"))
+            seam = "none" if isnan(s.seam) else f"{s.seam:.2f} ({s.seam_reference:.2f})"  # of a video made at once
+            rows.append((ARMS[name], *psnr, f"{s.ssim_mean:.4f}", flicker, seam))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, *self.speed_sentences(), *([self.idle] if self.idle else [])])

@@ -167,6 +167,7 @@ def test_a_stock_pipeline_has_no_shared_history():
     assert list(result.scores) == ["free_running", "noise_floor", "other_seed"]
     assert result.scores["free_running"].psnr_worst > 60 > result.scores["other_seed"].psnr_worst
     assert math.isnan(result.scores["free_running"].seam)
+    assert "nan" not in result.table()
     seconds = result.reports["dense"].seconds
     assert seconds["denoise"] + seconds["decode"] == pytest.approx(seconds["total"])
 
