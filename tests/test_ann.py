@@ -164,7 +164,7 @@ def test_a_frontier_has_flat_on_it():
     rows = frontier({"coarse": IVF("l2", lists=16, probes=1), "bytes": Quantized("l2")}, points, queries, 5)
     assert [row.name for row in rows] == ["Flat", "coarse", "bytes"]
     assert rows[0].recall == 1
-    assert rows[1].knobs == {"metric": "l2", "lists": 16, "iterations": 10, "seed": 0, "probes": 1}
+    assert rows[1].knobs == {"metric": "l2", "lists": 16, "iterations": 10, "seed": 0, "probes": 1, "sample": None}
     assert all(0 < row.recall <= 1 and row.build_seconds > 0 and row.search_seconds > 0 for row in rows)
     assert rows[0].bytes == points.numel() * 4
     assert rows[2].bytes == points.numel() + points.shape[0] * points.shape[1] * 4  # a byte a channel, and a scale
