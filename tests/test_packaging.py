@@ -22,7 +22,8 @@ ALLOWED = {
 }
 # the command line sits on top
 UPWARD = {f"diffaccel/{name}.py" for name in ("settings", "text", "upscale", "__main__")}
-UPWARD |= {f"diffaccel/cli/{name}.py" for name in ("__init__", "asked", "checks", "demo", "job", "sharing", "show")}
+UPWARD |= {f"diffaccel/cli/{name}.py" for name in ("asked", "calibrating", "checks", "demo", "generating")}
+UPWARD |= {f"diffaccel/cli/{name}.py" for name in ("job", "listing", "sharing", "show", "upscaling", "writing")}
 UPWARD |= {f"diffaccel/demo/{name}.py" for name in ("enlarging", "knobs", "layout", "making", "models")}
 UPWARD |= {"diffaccel/doctor/__init__.py", "diffaccel/doctor/shape.py"}
 

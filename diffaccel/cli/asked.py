@@ -1,4 +1,4 @@
-"""What `diffaccel eval` and `diffaccel tune` are asked for: their options, checked, and what is opened for them."""
+"""Options that commands share, checked, and what is opened for `diffaccel eval` and `diffaccel tune`."""
 
 import dataclasses
 import shlex
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ..eval.runs import Progress
     from ..ranks import Ranks
 
-_MODEL = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '.join(BUNDLED_MODELS)}"
+CHECKPOINT = f"folder or hub name of a diffusers checkpoint, or a bundled one: {', '.join(BUNDLED_MODELS)}"
+COMPILE = "the transformer's blocks: on, off, or auto, where it pays on a GPU"
 Out = Annotated[Path, typer.Option("-o", "--out", help="folder of the results; asked again, a run goes on in it")]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="what to show; quote each one")]
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", help="a text file, one prompt a line")]
@@ -34,7 +35,7 @@ Presets = Annotated[
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="SLOT[.KNOB]=VALUE", help="of every preset, as in generate")
 ]
-Model = Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: {BUNDLED_MODELS[0]}]")]
+Model = Annotated[str | None, typer.Option(help=f"{CHECKPOINT}  [default: {BUNDLED_MODELS[0]}]")]
 Frames = Annotated[int | None, typer.Option(help="pixel frames, 1 + 4k")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="pixels, for example 832x480")]
 Steps = Annotated[int | None, typer.Option(help="denoising steps (of each block)")]
@@ -47,7 +48,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N")]
 Offload = Annotated[str, typer.Option(help="none, model or sequential")]
 Kind = Annotated[str | None, typer.Option("--pipeline", help="causal or stock  [default: the checkpoint's own]")]
 Sampler = Annotated[str | None, typer.Option(help="multistep, few_step or rolling  [default: the checkpoint's own]")]
-Compiling = Annotated[str, typer.Option("--compile", help="the transformer's blocks: on, off, or auto")]
+Compiling = Annotated[str, typer.Option("--compile", help=COMPILE)]
 LpipsWeights = Annotated[
     str | None,
     typer.Option("--lpips-weights", metavar="FILE|download", help="AlexNet's  [default: those in torch's cache]"),
