@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .hashing import MAX_BITS, generator, gray_rank, pack, sort_key
 from .index import at_once, check_vectors, distances_between, prepared, require, require_at_least
-from .kmeans import lloyd, to_nearest
+from .kmeans import lloyd, sampled, to_nearest
 
 METHODS = ("lsh", "kmeans")
 _SUBSPACE_ITERATIONS = 4
@@ -74,10 +74,7 @@ def ordered(
         code, along = _hashed(points_PND - points_PND.mean(1, keepdim=True), n_bits, seed)
         keys = sort_key(code, along / _spread(along))
         return Ordered(keys.argsort(dim=1, stable=True).view(points.shape[:-1]), None)
-    seen = points_PND
-    if sample is not None and sample < count:
-        drawn = torch.randint(count, (sample,), generator=generator(seed, points.device), device=points.device)
-        seen = points_PND[:, drawn]
+    seen = sampled(points_PND, sample, seed)
     expected = (*lead, clusters if centroids is None else centroids.shape[-2], dims)
     require(
         centroids is None or (centroids.shape == expected and expected[-2] <= seen.shape[1]),

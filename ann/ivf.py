@@ -7,9 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .hashing import generator
 from .index import Index, distances_between, distances_to, require, require_at_least, smallest
-from .kmeans import KMeans
+from .kmeans import KMeans, sampled
 
 
 class _Lists(NamedTuple):
@@ -59,11 +58,7 @@ class IVF(Index[_Lists]):
             f"lists is at most the number of points, got lists={self.lists} with {points_PND.shape[1]} points",
         )
         metric = "cosine" if self.metric == "cosine" else "l2"
-        learnt_from, count = points_PND, points_PND.shape[1]
-        if self.sample is not None and self.sample < count:
-            device = points_PND.device
-            drawn = torch.randperm(count, generator=generator(self.seed, device), device=device)[: self.sample]
-            learnt_from = points_PND[:, drawn]
+        learnt_from = sampled(points_PND, self.sample, self.seed)
         clusters = KMeans(self.lists, metric, self.iterations, self.seed).fit(learnt_from)
         assigned, ids = clusters.assign(points_PND).sort(dim=1, stable=True)
         edges = torch.arange(self.lists + 1, device=ids.device).expand(len(ids), -1).contiguous()

@@ -87,6 +87,14 @@ class KMeans:
         )
 
 
+def sampled(points_PND: Tensor, sample: int | None, seed: int) -> Tensor:
+    """So many of the points, drawn at random and maybe one twice; all where there are no more, or for None."""
+    count, device = points_PND.shape[1], points_PND.device
+    if sample is None or sample >= count:
+        return points_PND
+    return points_PND[:, torch.randint(count, (sample,), generator=generator(seed, device), device=device)]
+
+
 def seeds(points_PND: Tensor, clusters: int, seed: int) -> Tensor:
     """k-means++: each next centroid is a point, drawn by its squared distance to the nearest centroid so far."""
     count, device = points_PND.shape[1], points_PND.device

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .cache.merged import MergedTier
+from .call import Call
 from .policy import PromptPolicy, ReusePolicy
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ def counting(run: "Run") -> Iterator[list[Counted]]:
 
 def repeat(run: "Run", grid: "Grid", counted: list[Counted]) -> None:
     """What Python does in a forward, for one that a graph stands for. Asked between `run.enter` and `run.leave`."""
-    from .run import Call
-
     for call in counted:
         site, read = run.site(call.layer, call.part), call.keys_read
         if call.part == "self":

@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,20 +17,17 @@ from torch import Tensor
 
 from . import kernel
 from .cache import Entries, Extent, Fixed, KVCache, Lasting, Memory, Reader, Tier
+from .call import Call
 from .errors import NotEngagedError
 from .grid import Grid
 from .joint import Text
 from .kernel import Partial, merge
-from .kernel.boxes import Boxes, Dilated, over_boxes
 from .kernel.choose import Choice, Size, size_of
-from .kernel.weighted import in_one, over_entries
 from .observe import Observer
-from .plan import Plan
 from .policy import Answer, CachePolicy
 from .replay import Counted
 from .report import LayerReport, Report, SlotReport, environment
-from .reuse.history import History, index, without
-from .selection.blocks import Chosen, over_blocks, path
+from .reuse.history import History, without
 from .site import FIELD, Part, Phase, Site
 from .spread import Spread
 
@@ -339,7 +336,7 @@ class Run:
 
     # -- called by attend ----------------------------------------------------------------------------------------
 
-    def open(self, site: Site, q_BSHD: Tensor) -> "Call":
+    def open(self, site: Site, q_BSHD: Tensor) -> Call:
         return Call(self, site, q_BSHD.shape[0] * q_BSHD.shape[2])
 
     def kernel_for(self, q: Tensor, keys: int) -> ModuleType:
@@ -393,7 +390,7 @@ class Run:
         answer: "Answer | Literal['apart']",
         site: Site,
         memory: Memory,
-        call: "Call",
+        call: Call,
         past: Callable[[Reader], Partial],
     ) -> Partial:
         """Attention to everything outside the block, computed by `past`, reused, or partly each."""
@@ -420,7 +417,7 @@ class Run:
             self.accel.reuse.saw(site, outside, inside)
 
     def _beside_selected(
-        self, answer: Any, site: Site, memory: Memory, call: "Call", past: Callable[[Reader], Partial]
+        self, answer: Any, site: Site, memory: Memory, call: Call, past: Callable[[Reader], Partial]
     ) -> Partial:
         """What is selected is computed, the rest of the outside reused."""
         reuse, history = self.accel.reuse, self._histories[site.branch, site.layer]
@@ -438,7 +435,7 @@ class Run:
     def _selects(self, site: Site) -> bool:
         return any(selector.apart(site) for selector in self._selectors)
 
-    def close(self, call: "Call", keys: int) -> None:
+    def close(self, call: Call, keys: int) -> None:
         """Count a finished call, which brought `keys` keys of its own, for its layer and every slot that had a say."""
         site, engaged = call.site, call.engaged
         if self._counted is not None:
@@ -636,72 +633,6 @@ class Projected:
         """Whether that prompt under those weights, as they are now, would give the same."""
         same = all(one is other for one, other in zip(self.weights, weights, strict=True))
         return same and self.prompt == prompt and self.versions == tuple(weight._version for weight in weights)
-
-
-@dataclass
-class Call:
-    """One attention call: selects, reads and counts. Key counts are per query, averaged over rows and heads."""
-
-    run: Run
-    site: Site
-    lanes: int  # batch rows x heads
-    keys_read: Any = 0  # a number, or a 0-d tensor where a plan lives on the GPU
-    chose: bool = False  # whether a selector left anything out
-    stored: bool = False  # whether all of the outside was computed and kept
-    engaged: dict[str, float] = field(default_factory=dict)  # slots that changed the call, reuse by its share of heads
-
-    def read(self, q: Tensor, entries: Entries) -> Partial:
-        """Attention of `q` over what the window and the selection leave of `entries`."""
-        kernel, scale = self.run.kernel_for(q, entries.count), q.shape[-1] ** -0.5
-        if self.site.part == "self":
-            for selector in self.run._selectors:
-                scale *= selector.scale(self.site)
-        plan: Plan | None = None
-        for selector in self.run._selectors if entries.frames is not None else ():  # the prompt has none
-            found = selector.plan(q, entries, self.site)
-            if found is None:
-                continue
-            self.run.fired(selector.slot)
-            self.chose, self.engaged[selector.slot] = True, 1
-            if isinstance(found, Boxes | Dilated):
-                self._count(q, found.keys_read)
-                return over_boxes(kernel, q, entries, scale, found)
-            if isinstance(found, Chosen):
-                self._count(q, found.keys_read)
-                self.run._chosen_bytes[self.site.branch] += found.bytes
-                asked = self.run.accel.kernel != "auto"
-                self.run._paths["chosen blocks"].add(path(kernel, asked, q, found))
-                return over_blocks(kernel, asked, q, found, scale)
-            plan = found if plan is None else plan & found
-        self._count(q, entries.count if plan is None else plan.pairs / q.shape[1])
-        return self._over(kernel, q, entries, scale, plan)
-
-    def of_heads(self, heads: Sequence[int]) -> Reader:
-        """`read` for some heads (B, S, heads, D) of all."""
-
-        def read(q: Tensor, entries: Entries) -> Partial:
-            at = index(heads, q.device)
-            return self.read(q[:, :, at], entries.of_heads(at))
-
-        return read
-
-    def read_whole(self, q: Tensor, entries: Entries) -> Partial:
-        """Attention of `q` over all of `entries`."""
-        self._count(q, entries.count)
-        return self.read_all(q, entries)
-
-    def read_all(self, q: Tensor, entries: Entries) -> Partial:
-        """As `read_whole`, not counted: for queries of text beside those of the video."""
-        return self._over(self.run.kernel_for(q, entries.count), q, entries, q.shape[-1] ** -0.5, None)
-
-    def _over(self, kernel: ModuleType, q: Tensor, entries: Entries, scale: float, plan: Plan | None) -> Partial:
-        asked = self.run.accel.kernel != "auto"
-        if plan is None and not asked and in_one(q, entries, scale):
-            self.run._paths["merged entries"].add("fa3 in one launch")
-        return over_entries(kernel, q, entries, scale, plan, asked)
-
-    def _count(self, q: Tensor, keys: Any) -> None:
-        self.keys_read += keys * q.shape[0] * q.shape[2] / self.lanes
 
 
 def _progress(scheduler: Any) -> tuple[int, int]:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import attend, backbone
-from . import run as seam
+from . import attend, backbone, call
+from . import run as run_module
 from .cache import Memory
 from .errors import DiffaccelError
 from .port import Port
@@ -181,8 +181,8 @@ def _install(installed: ExitStack, recorder: _Recorder, run: Run, pipe: Any, blo
     for name in ("replace", "update", "recall"):
         around(History, name, lambda *_, name=name: f"reuse: {'recall' if name == 'recall' else 'store'}")
     for name in ("over_entries", "over_boxes", "over_blocks"):
-        around(seam, name, lambda *_: "kernel")
-    for module in (seam, attend):
+        around(call, name, lambda *_: "kernel")
+    for module in (run_module, attend):
         around(module, "merge", lambda *_: "merge")
 
 

@@ -228,7 +228,7 @@ def test_a_loud_head_does_not_decide_alone():
     assert (quiet & shouting).sum() > 0.7 * quiet.sum()
 
 
-@pytest.mark.parametrize("kind", [TokenSelect, AnnSA, HiP, Sticky], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [TokenSelect, AnnSA, HiP, Routed], ids=lambda kind: kind.__name__)
 def test_a_choice_stands_while_queries_are_similar_video_by_video(kind):
     q, entries = smooth()
     policy = make(kind, similarity=0.9)
@@ -241,7 +241,7 @@ def test_a_choice_stands_while_queries_are_similar_video_by_video(kind):
     after = policy.plan(moved, entries, site()).blocks.lists
     assert torch.equal(after[0], first[0])
     assert not torch.equal(after[1], first[1])
-    if kind is TokenSelect:  # which neither remembers nor sorts queries by what they are
+    if kind is TokenSelect:  # which does not sort queries by what they are
         stepping = make(kind, refresh="step").plan(moved, smooth()[1], site())
         assert torch.equal(after[1], stepping.blocks.lists[1])
         assert not torch.equal(after[0], stepping.blocks.lists[0])

@@ -9,8 +9,8 @@ from tiny import tiny_components, tiny_pipeline
 from torch.profiler import profile
 from typer.testing import CliRunner
 
-import diffaccel.run as seam
-from diffaccel import Accel, AnnCA, FlashBlock, FrameWindow, TempCache
+from diffaccel import Accel, AnnCA, FlashBlock, FrameWindow, TempCache, call
+from diffaccel import run as run_module
 from diffaccel.cache import Memory
 from diffaccel.cli import app
 from diffaccel.port import Port
@@ -79,14 +79,14 @@ def test_ranges_lie_in_each_other_also_in_compiled_blocks(pipe, tmp_path, compil
 
 
 def test_nothing_is_left_and_nothing_is_named_unless_a_trace_is_taken(pipe, tmp_path):
-    before = [Port.attend, Memory.place, seam.over_entries, seam.merge, FrameWindow.plan, AnnCA.near]
+    before = [Port.attend, Memory.place, call.over_entries, run_module.merge, FrameWindow.plan, AnnCA.near]
     with FOUR(pipe) as run:
         own = set(vars(run))
         with traced(run, pipe, tmp_path / "trace.json"):
             assert Port.attend is not before[0]
         assert set(vars(run)) == own
         assert not (tmp_path / "trace.json").exists()  # nothing was generated
-        assert [Port.attend, Memory.place, seam.over_entries, seam.merge, FrameWindow.plan, AnnCA.near] == before
+        assert [Port.attend, Memory.place, call.over_entries, run_module.merge, FrameWindow.plan, AnnCA.near] == before
         with profile() as plain:
             generate(pipe, run, num_frames=33)
     assert not [event for event in plain.events() if event.name.startswith(PREFIX)]

@@ -31,13 +31,13 @@ class Borrowing(Profiled, Ranked):
 
     axes: ClassVar[tuple[str, ...]] = ("gap", "source")
     tables: ClassVar[tuple[str, ...]] = ("overlap", "mass")
+    remembers: ClassVar[str] = "a plan says who chooses when"
     across_heads: ClassVar[str] = "a head reads what the head of its number chose in another layer"
 
     profile: str | None = knob(None, "file that diffaccel calibrate wrote for this model")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.similarity is None, "a plan says when", similarity=self.similarity)
         measured = None if self._profile is None else self._profile.knobs.get("density")
         self.require(
             measured in (None, self.density),

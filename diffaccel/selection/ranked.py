@@ -204,6 +204,8 @@ class Ranked(Choosing):
     """Read as many blocks as `density` says, those of the highest `rank`."""
 
     exact: ClassVar[dict[str, Any]] = {"density": 1.0}
+    remembers: ClassVar[str] = ""
+    """Why one video of a batch cannot choose anew while the choice of another stands."""
 
     density: float = knob(0.3, "share of the keys a query reads where it chooses, in (0, 1]")
     _: KW_ONLY
@@ -222,6 +224,8 @@ class Ranked(Choosing):
             similarity=self.similarity,
             refresh=self.refresh,
         )
+        rule = f"{self.remembers}, so no choice stands by its queries: leave similarity out"
+        self.require(self.similarity is None or not self.remembers, rule, similarity=self.similarity)
 
     @abstractmethod
     def rank(self, asked: Asked) -> Tensor:

@@ -32,6 +32,7 @@ class SpAttenCascade(Ranked):
     """
 
     paper: ClassVar[str] = "SpAtten, arXiv 2012.09852"
+    remembers: ClassVar[str] = "a layer goes by what those before it chose"
     across_heads: ClassVar[str] = "all heads drop the same keys"
     summary: ClassVar[str] = "drops keys by attention summed over layers; later layers do without what one dropped"
 

@@ -35,6 +35,7 @@ class Sticky(Ranked):
     """
 
     paper: ClassVar[str] = "NOSA, arXiv 2510.13602"
+    remembers: ClassVar[str] = "what is at hand changes at each choice"
     summary: ClassVar[str] = "reads the best of the blocks at hand, of which few are new at each choice"
 
     resident: float = knob(2.0, "blocks at hand over blocks that a query reads, >= 1")
