@@ -93,9 +93,15 @@ def field(page, label):
 def fill(page, label, text):
     from selenium.webdriver.common.keys import Keys
 
-    part = field(page, label)
-    part.send_keys(Keys.CONTROL, "a")
-    part.send_keys(Keys.DELETE, str(text))
+    def typed():
+        part = field(page, label)
+        part.send_keys(Keys.CONTROL, "a")
+        part.send_keys(Keys.DELETE, str(text))
+        return field(page, label).get_property("value") == str(text)  # a busy page may have taken other keys first
+
+    until(typed)
+    # the page takes over what was typed once it is drawn, and a click that follows at once would miss it
+    page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 def turn(page, technique, knob, text):
